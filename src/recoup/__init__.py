@@ -1,0 +1,1 @@
+"""recoup recovers the quality that quantization costs."""
