@@ -1,1 +1,10 @@
 """Which tensors get which numbers: schemes, presets, recipes, plans. Data only, no tensors."""
+
+from recoup.schemes.limit import Limit
+from recoup.schemes.parse import parse
+from recoup.schemes.plan import Plan
+from recoup.schemes.presets import PRESETS, preset
+from recoup.schemes.recipe import Recipe, Rule
+from recoup.schemes.scheme import Scheme
+
+__all__ = ["PRESETS", "Limit", "Plan", "Recipe", "Rule", "Scheme", "parse", "preset"]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 
 class Limit(BaseModel):
@@ -48,5 +48,9 @@ class Limit(BaseModel):
         """The largest move that is allowed, in the units of the metric."""
         return abs(baseline) * self.relative if self.relative is not None else self.absolute or 0.0
 
+    @model_serializer
+    def _as_written(self) -> Any:
+        return {"absolute": self.absolute} if self.relative is None else str(self)
+
     def __str__(self) -> str:
-        return f"{self.absolute:.4g}" if self.relative is None else f"{100 * self.relative:.4g}%"
+        return f"{self.absolute:.10g}" if self.relative is None else f"{100 * self.relative:.10g}%"

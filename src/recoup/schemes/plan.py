@@ -1,0 +1,46 @@
+"""A plan: which module gets which scheme, and why every other parameter is left alone. Data, as JSON."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from recoup.schemes.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every parameter of a model, accounted for.
+
+    Args:
+        schemes: the schemes in use, by name.
+        modules: the name of the scheme of every quantized module.
+        kept: the reason for every parameter that stays in float.
+    """
+
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, module: str) -> Scheme:
+        return self.schemes[self.modules[module]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, from which `from_json` makes an equal plan."""
+        return _ADAPTER.dump_python(self, mode="json")
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Plan":
+        """The plan in `data`.
+
+        Raises:
+            ValueError: it is not a plan.
+        """
+        try:
+            return _ADAPTER.validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+_ADAPTER = TypeAdapter(Plan)

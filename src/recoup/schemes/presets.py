@@ -1,0 +1,153 @@
+"""The schemes by name. A name says what an engine computes, so it is never two things.
+
+w4a16           weights of 4 bits in groups of 32, float inputs; `-g128` after a name changes the group
+w4a8            the same with int8 inputs, one dynamic scale per token (vLLM)
+w4a8-ort        the same with int8 inputs in blocks as long as the weight's groups: what onnxruntime's
+                MatMulNBits computes at accuracy level 4, its fastest
+w8a8            int8 weights, one scale per channel; int8 inputs per token. `-static`: per tensor, calibrated
+w8a8-ort        int8 weights per channel, uint8 inputs per tensor: onnxruntime's MatMulInteger
+fp8 ...         E4M3; per channel and token, per tensor (`-static`), or DeepSeek's 128 x 128 blocks
+mx...           OCP Microscaling v1.0: blocks of 32, E8M0 scales
+nvfp4           blocks of 16, E4M3 scales, one float32 scale per tensor
+...a16          float inputs
+"""
+
+from dataclasses import replace
+from difflib import get_close_matches
+
+from recoup.numerics import (
+    E2M1,
+    E2M3,
+    E4M3,
+    E8M0,
+    FloatFormat,
+    Granularity,
+    IntFormat,
+    QuantSpec,
+    ScaleRule,
+    per_block,
+    per_channel,
+    per_group,
+    per_tensor,
+    per_token,
+)
+from recoup.schemes.scheme import Scheme
+
+
+def _int_weights(bits: int, granularity: Granularity, rule: ScaleRule = "half-range") -> QuantSpec:
+    grid = IntFormat(bits, narrow=rule == "narrow")
+    return QuantSpec(format=grid, granularity=granularity, scale_rule=rule, ranges="static")
+
+
+def _mx(grid: FloatFormat, ranges: str) -> QuantSpec:
+    # Round the block scale so that its largest element never saturates: what NVIDIA's conversion does, and
+    # better on language models than the specification's floor (AutoRound's Llama-3.1 table: 0.603 to 0.575).
+    spec = QuantSpec(
+        format=grid, granularity=per_group(32), scale_rule="rceil", scale_format=E8M0, ranges="dynamic"
+    )
+    return spec if ranges == "dynamic" else replace(spec, ranges="static")
+
+
+_INT8_PER_TOKEN = QuantSpec(format=IntFormat(8), granularity=per_token, scale_rule="narrow", ranges="dynamic")
+_INT8_PER_TENSOR = QuantSpec(
+    format=IntFormat(8), granularity=per_tensor, scale_rule="narrow", ranges="static"
+)
+_UINT8_PER_TENSOR = QuantSpec(
+    format=IntFormat(8, signed=False), granularity=per_tensor, scale_rule="affine", ranges="dynamic"
+)
+_FP8_PER_ROW = QuantSpec(format=E4M3, granularity=per_channel, scale_rule="narrow", ranges="dynamic")
+_NVFP4 = QuantSpec(
+    format=E2M1,
+    granularity=per_group(16),
+    scale_rule="narrow",
+    scale_format=E4M3,
+    global_scale=True,
+    ranges="dynamic",
+)
+
+
+def _static(spec: QuantSpec, granularity: Granularity | None = None) -> QuantSpec:
+    return replace(spec, ranges="static", granularity=granularity or spec.granularity)
+
+
+_TABLE: list[Scheme] = [
+    # integer weights in groups
+    *(Scheme(name=f"w{bits}a16", weights=_int_weights(bits, per_group(32))) for bits in (2, 3, 4, 8)),
+    *(
+        Scheme(name=f"w{bits}a8", weights=_int_weights(bits, per_group(32)), inputs=_INT8_PER_TOKEN)
+        for bits in (2, 3, 4)
+    ),
+    *(
+        Scheme(
+            name=f"w{bits}a8-ort",
+            weights=_int_weights(bits, per_group(32), "signed-max"),
+            inputs=replace(_INT8_PER_TOKEN, granularity=per_group(32)),
+        )
+        for bits in (2, 4)
+    ),
+    Scheme(
+        name="w4afp8",
+        weights=_int_weights(4, per_group(32)),
+        inputs=replace(_FP8_PER_ROW, granularity=per_token),
+    ),
+    # int8 weights per channel
+    Scheme(name="w8a8", weights=_int_weights(8, per_channel, "narrow"), inputs=_INT8_PER_TOKEN),
+    Scheme(name="w8a8-static", weights=_int_weights(8, per_channel, "narrow"), inputs=_INT8_PER_TENSOR),
+    Scheme(name="w8a8-ort", weights=_int_weights(8, per_channel, "narrow"), inputs=_UINT8_PER_TENSOR),
+    Scheme(
+        name="w8a8-ort-static",
+        weights=_int_weights(8, per_channel, "narrow"),
+        inputs=replace(_UINT8_PER_TENSOR, ranges="static"),
+    ),
+    # FP8
+    Scheme(name="fp8", weights=_static(_FP8_PER_ROW), inputs=_FP8_PER_ROW),
+    Scheme(
+        name="fp8-static", weights=_static(_FP8_PER_ROW, per_tensor), inputs=_static(_FP8_PER_ROW, per_tensor)
+    ),
+    Scheme(
+        name="fp8-block",
+        weights=_static(_FP8_PER_ROW, per_block(128, 128)),
+        inputs=replace(_FP8_PER_ROW, granularity=per_group(128)),
+    ),
+    # microscaling
+    Scheme(name="mxfp8", weights=_mx(E4M3, "static"), inputs=_mx(E4M3, "dynamic")),
+    Scheme(name="mxfp6", weights=_mx(E2M3, "static"), inputs=_mx(E2M3, "dynamic")),
+    Scheme(name="mxfp4", weights=_mx(E2M1, "static"), inputs=_mx(E2M1, "dynamic")),
+    Scheme(name="mxfp4a16", weights=_mx(E2M1, "static")),
+    # NVFP4
+    Scheme(name="nvfp4", weights=_static(_NVFP4), inputs=_NVFP4),
+    Scheme(name="nvfp4a16", weights=_static(_NVFP4)),
+]
+
+PRESETS: dict[str, Scheme] = {scheme.name: scheme for scheme in _TABLE}
+
+
+def preset(name: str) -> Scheme:
+    """The scheme of that name; "-g64" after the name of a scheme with groups changes their size.
+
+    Raises:
+        ValueError: no such scheme, with the nearest name; or a group for a scheme that has none.
+
+    >>> preset("w4a16-g128").weights.granularity.columns
+    128
+    """
+    stem, has_suffix, size = name.rpartition("-g")
+    if not (has_suffix and size.lstrip("-").isdigit()):
+        stem = name
+    if stem not in PRESETS:
+        nearest = get_close_matches(stem, PRESETS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(PRESETS)}"
+        raise ValueError(f"no scheme {name!r}{hint}")
+    scheme = PRESETS[stem]
+    if stem == name:
+        return scheme
+    if int(size) < 1:
+        raise ValueError(f"{name!r}: a group of {size} asked; a group has at least one element")
+    weights = scheme.weights
+    if weights is None or weights.granularity != per_group(32) or not isinstance(weights.format, IntFormat):
+        raise ValueError(f"{name!r}: the blocks of {stem!r} are part of its format and cannot be changed")
+    group = per_group(int(size))
+    inputs = scheme.inputs
+    if inputs is not None and inputs.granularity == weights.granularity:
+        inputs = replace(inputs, granularity=group)
+    return replace(scheme, name=name, weights=replace(weights, granularity=group), inputs=inputs)

@@ -1,0 +1,208 @@
+"""A recipe: the whole run as data. What a user writes, checked before anything else happens.
+
+Every section forbids unknown keys. `Recipe.load` turns the first mistake into one line with the path of
+the key and the nearest legal spelling.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
+
+from recoup.numerics import Ranges
+from recoup.schemes.limit import Limit
+from recoup.schemes.parse import parse
+from recoup.schemes.presets import preset
+from recoup.schemes.scheme import Scheme
+
+Rung = Literal["rtn", "mse", "qat"]
+LOSSES = ("task", "logits-kl", "hidden-mse", "hidden-cosine", "embedding-mse", "embedding-cosine")
+
+
+def _scheme(value: Any) -> Any:
+    return preset(value) if isinstance(value, str) else value
+
+
+def _scheme_or_none(value: Any) -> Any:
+    return None if value == "none" else _scheme(value)
+
+
+def _name_of(scheme: Scheme | None) -> str:
+    return "none" if scheme is None else scheme.name
+
+
+_ByName = PlainSerializer(_name_of, return_type=str)
+
+
+def _known_losses(value: str | dict[str, float]) -> str | dict[str, float]:
+    for name in [value] if isinstance(value, str) else value:
+        legal = ("distill", *LOSSES) if isinstance(value, str) else LOSSES
+        if name not in legal:
+            nearest = get_close_matches(name, legal, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(legal)}"
+            raise ValueError(f"no loss {name!r}; {hint}")
+    if not value:
+        raise ValueError(f"an empty mixture of losses; there are {', '.join(LOSSES)}")
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class Rule(_Section):
+    """Which scheme the modules with matching names get. The first rule that matches a module wins.
+
+    `match` is a shell pattern over full module names ("*.mlp.down_proj"); `scheme: none` keeps a module in
+    float.
+    """
+
+    match: str = Field(min_length=1)
+    scheme: Annotated[Scheme | None, BeforeValidator(_scheme_or_none), _ByName]
+
+
+class CalibrationSettings(_Section):
+    """How many samples calibration sees."""
+
+    samples: int = Field(default=512, ge=1)
+
+
+class GateSettings(_Section):
+    """A limit that the candidate must keep against the baseline; see `recoup.Gate`."""
+
+    metric: str = Field(min_length=1)
+    slice: str | None = None
+    max_increase: Limit | None = None
+    max_decrease: Limit | None = None
+    interval: Literal["bootstrap", "none"] = "bootstrap"
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> "GateSettings":
+        if (self.max_increase is None) == (self.max_decrease is None):
+            raise ValueError("a gate has either max_increase or max_decrease")
+        return self
+
+
+class TrainSettings(_Section):
+    """Quantization-aware training.
+
+    Args:
+        steps: optimizer steps.
+        learning_rate: of the weights, at the end of the warm-up; it falls to 0 on a cosine.
+        scale_learning_rate: of learned scales; the weights' where absent.
+        weight_decay: of the weights; scales, biases and norms have none.
+        warmup: steps over which the learning rate rises from 0.
+        start_step: quantization is off before this step.
+        clip_norm: gradients are scaled down to this norm.
+        accumulate: batches per optimizer step.
+        precision: "bf16" is autocast; the master weights are float32 either way.
+        loss: "task" is the model's own; "distill" follows the float model in whatever it returns (logits
+            by KL divergence, else hidden states or embeddings); or one of the distillation losses; or a
+            mixture {task: 0.3, logits-kl: 0.7}.
+        temperature: of logits-kl.
+        evaluate_every: steps between looks at the held-out batches; the best step is kept.
+        held_out: share of the training batches that is never trained on, for those looks.
+    """
+
+    steps: int = Field(default=500, ge=1)
+    learning_rate: float = Field(default=1e-5, gt=0)
+    scale_learning_rate: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: int = Field(default=0, ge=0)
+    start_step: int = Field(default=0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    accumulate: int = Field(default=1, ge=1)
+    precision: Literal["float32", "bf16"] = "float32"
+    loss: Annotated[str | dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_known_losses)] = "distill"
+    temperature: float = Field(default=1.0, gt=0)
+    evaluate_every: int = Field(default=50, ge=1)
+    held_out: float = Field(default=0.05, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _leaves_steps(self) -> "TrainSettings":
+        if max(self.warmup, self.start_step) >= self.steps:
+            raise ValueError(
+                f"{self.steps} steps leave none after {self.warmup} of warm-up and a start at {self.start_step}"
+            )
+        return self
+
+
+class ExportSettings(_Section):
+    """Where the artefact goes: a target of `recoup.export`, and a folder relative to the run's."""
+
+    target: str = Field(default="onnx", min_length=1)
+    to: str = Field(default="artefact", min_length=1)
+
+
+class TaskSettings(BaseModel):
+    """Which model and data. Keys beside `name` belong to the task, which checks them."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All keys but the name."""
+        return dict(self.model_extra or {})
+
+
+class Recipe(_Section):
+    """The whole run. Only `scheme` has no default.
+
+    >>> Recipe(scheme="w4a8").rungs
+    ('rtn', 'mse', 'qat')
+    """
+
+    scheme: Annotated[Scheme, BeforeValidator(_scheme), _ByName]
+    task: TaskSettings | None = None
+    rules: tuple[Rule, ...] = ()
+    weight_ranges: Ranges | None = Field(
+        default=None, description='replaces the ranges of every weight spec; "learned" trains the scales too'
+    )
+    calibration: CalibrationSettings = CalibrationSettings()
+    rungs: tuple[Rung, ...] = Field(default=get_args(Rung), min_length=1)
+    gates: tuple[GateSettings, ...] = ()
+    train: TrainSettings = TrainSettings()
+    export: ExportSettings = ExportSettings()
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _in_order_of_cost(self) -> "Recipe":
+        order: Sequence[str] = get_args(Rung)
+        if list(self.rungs) != sorted(set(self.rungs), key=order.index):
+            raise ValueError(f"rungs go from cheap to dear, each once: a part of {', '.join(order)}")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """The recipe in a YAML file.
+
+        Raises:
+            ValueError: one line that names the file, the key and what to write instead.
+            OSError: the file cannot be read.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            line = f" line {where.line + 1}" if where else ""
+            raise ValueError(f"{path}:{line} not YAML: {getattr(error, 'problem', error)}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
+        return parse(cls, data, str(path))
+
+    def dump(self) -> str:
+        """The recipe as YAML, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

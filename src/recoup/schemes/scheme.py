@@ -1,0 +1,45 @@
+"""A scheme: the numbers of one module."""
+
+from dataclasses import dataclass
+
+from recoup.numerics import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How one module's tensors are quantized; None leaves a tensor in float.
+
+    Args:
+        name: how plans and reports call it; a preset's name, or one of your own.
+        weights: the spec of the weight's 2-D view, (output features, input features).
+        inputs: the spec of the input's 2-D view, (tokens, features).
+
+    Raises:
+        ValueError: specs that no module can carry.
+    """
+
+    name: str
+    weights: QuantSpec | None = None
+    inputs: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is None and self.inputs is None:
+            raise ValueError(
+                f"scheme {self.name!r} quantizes nothing; to keep a module in float use scheme: none"
+            )
+        if (
+            self.inputs is not None
+            and self.inputs.ranges != "dynamic"
+            and self.inputs.granularity.rows is not None
+        ):
+            raise ValueError(
+                f"scheme {self.name!r}: {self.inputs.ranges} input ranges cannot have scales per token; "
+                f"use per_tensor, or dynamic ranges"
+            )
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """Stored bits per weight of a (rows, columns) view, scales and zero points included."""
+        if self.weights is None:
+            return 32.0
+        per_scale = self.weights.granularity.elements_per_scale(rows, columns)
+        return self.weights.format.bits + self.weights.bits_per_scale / per_scale
