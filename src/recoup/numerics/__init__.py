@@ -38,7 +38,7 @@ from recoup.numerics.quantize import (
     quantize,
 )
 from recoup.numerics.scale_rules import SCALE_RULES, ScaleRule
-from recoup.numerics.spec import QParams, QuantSpec, Ranges, storable
+from recoup.numerics.spec import QParams, QuantSpec, Ranges, storable, storable_straight_through
 
 __all__ = [
     "BFLOAT16",
@@ -74,4 +74,5 @@ __all__ = [
     "qparams_of",
     "quantize",
     "storable",
+    "storable_straight_through",
 ]

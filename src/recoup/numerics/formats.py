@@ -15,7 +15,7 @@ Values live in float32, in which every grid here is exact. This file knows nothi
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -36,6 +36,7 @@ def power_of_two_below(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     return (x.float().view(torch.int32) & _EXPONENT_BITS_OF_FLOAT32).view(torch.float32)
 
 
+@runtime_checkable
 class Format(Protocol):
     """What every format answers; see the head of this file."""
 
@@ -211,9 +212,19 @@ class FloatFormat:
     @property
     def hi(self) -> float:
         """The largest finite value."""
+        return self._value(self._largest_number)
+
+    @property
+    def _largest_number(self) -> int:
         codes_above = {"none": 0, "nan": 1, "ieee": 2**self.mantissa_bits}[self.specials]
-        field_, mantissa = divmod(2 ** (self.bits - 1) - 1 - codes_above, 2**self.mantissa_bits)
-        return (1 + mantissa / 2**self.mantissa_bits) * 2.0 ** (field_ - self.bias)
+        return 2 ** (self.bits - 1) - 1 - codes_above
+
+    def _value(self, magnitude: int) -> float:
+        field_, mantissa = divmod(magnitude, 2**self.mantissa_bits)
+        if magnitude > self._largest_number:
+            return float("inf") if self.specials == "ieee" and mantissa == 0 else float("nan")
+        significand = mantissa + 2**self.mantissa_bits * (field_ > 0)  # field 0 has no leading one
+        return significand * 2.0 ** (max(field_, 1) - self.bias - self.mantissa_bits)
 
     @property
     def lo(self) -> float:
@@ -255,17 +266,7 @@ class FloatFormat:
     @cached_property
     def _values(self) -> list[float]:
         """The value of every code, in order."""
-
-        def value(magnitude: int) -> float:
-            field_, mantissa = divmod(magnitude, 2**self.mantissa_bits)
-            if magnitude > top:
-                return float("inf") if self.specials == "ieee" and mantissa == 0 else float("nan")
-            return (mantissa + 2**self.mantissa_bits * (field_ > 0)) * 2.0 ** (
-                max(field_, 1) - self.bias - self.mantissa_bits
-            )
-
-        top = 2 ** (self.bits - 1) - 1 - {"none": 0, "nan": 1, "ieee": 2**self.mantissa_bits}[self.specials]
-        magnitudes = [value(magnitude) for magnitude in range(2 ** (self.bits - 1))]
+        magnitudes = [self._value(magnitude) for magnitude in range(2 ** (self.bits - 1))]
         return magnitudes + [-magnitude for magnitude in magnitudes]
 
 
@@ -313,11 +314,11 @@ class PowerOfTwo:
         return torch.uint8
 
     def rint(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The nearest power of two, ties away from zero (there are no even ones); 0 stays 0.
+        """The nearest power of two, ties away from zero (there are no even ones); 0 becomes the smallest.
 
         The MX rules of `scale_rules.py` give powers of two already, which this leaves as they are.
         """
-        binade = power_of_two_below(x)
+        binade = power_of_two_below(x).clamp(min=self.lo)
         return binade * torch.where(x >= 1.5 * binade, 2.0, 1.0)
 
     def encode(self, values: Float[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from recoup.numerics.formats import FLOAT32
 from recoup.numerics.granularity import cut, extrema, spread
 from recoup.numerics.scale_rules import SCALE_RULES
 from recoup.numerics.spec import QParams, QuantSpec, storable
@@ -29,7 +30,8 @@ def choose_global_scale(amax: Float[Tensor, ""], spec: QuantSpec) -> Float[Tenso
     if not spec.global_scale:
         return None
     scale = amax.float() / (spec.format.hi * spec.scale_format.hi)
-    return torch.where(scale > 0, scale, 1.0)
+    smallest = FLOAT32.floor / spec.scale_format.floor  # so that scale * global_scale is never 0
+    return torch.where(amax > 0, scale.clamp(min=smallest), 1.0)
 
 
 def choose_qparams(

@@ -1,7 +1,7 @@
 """How to quantize one tensor (`QuantSpec`), and what that comes to for a given tensor (`QParams`)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +46,8 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.scale_rule not in SCALE_RULES:
             raise ValueError(f"scale rule {self.scale_rule!r} asked; there are {', '.join(SCALE_RULES)}")
+        if self.format.bits > 8:
+            raise ValueError(f"{self.format.name} has {self.format.bits} bits: a code is one byte, 8 at most")
         if self.format.lo == 0 and self.symmetric:
             raise ValueError(
                 f'{self.format.name} has no negative values: use scale_rule="affine", or a signed format'
@@ -93,3 +95,18 @@ def storable(scale: Float[Tensor, "br bc"], grid: Format) -> Float[Tensor, "br b
     """The scales, moved onto their own grid: rounded, saturated, and never closer to zero than its floor."""
     rounded = grid.rint(scale).clamp(grid.lo, grid.hi)
     return torch.where(rounded < 0, rounded.clamp(max=-grid.floor), rounded.clamp(min=grid.floor))
+
+
+class _Storable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, grid: Format) -> Tensor:
+        return storable(scale, grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None
+
+
+def storable_straight_through(scale: Float[Tensor, "br bc"], grid: Format) -> Float[Tensor, "br bc"]:
+    """`storable`, whose gradient passes as if nothing had been rounded: how a learned scale is used."""
+    return cast(Tensor, _Storable.apply(scale, grid))

@@ -144,7 +144,7 @@ def preset(name: str) -> Scheme:
     if int(size) < 1:
         raise ValueError(f"{name!r}: a group of {size} asked; a group has at least one element")
     weights = scheme.weights
-    if weights is None or weights.granularity != per_group(32) or not isinstance(weights.format, IntFormat):
+    if weights.granularity != per_group(32) or not isinstance(weights.format, IntFormat):
         raise ValueError(f"{name!r}: the blocks of {stem!r} are part of its format and cannot be changed")
     group = per_group(int(size))
     inputs = scheme.inputs

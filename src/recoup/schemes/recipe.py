@@ -133,7 +133,8 @@ class TrainSettings(_Section):
     def _leaves_steps(self) -> "TrainSettings":
         if max(self.warmup, self.start_step) >= self.steps:
             raise ValueError(
-                f"{self.steps} steps leave none after {self.warmup} of warm-up and a start at {self.start_step}"
+                f"{self.steps} steps leave none after {self.warmup} of warm-up and a start at "
+                f"{self.start_step}"
             )
         return self
 

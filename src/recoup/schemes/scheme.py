@@ -7,26 +7,22 @@ from recoup.numerics import QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How one module's tensors are quantized; None leaves a tensor in float.
+    """How one module's tensors are quantized.
 
     Args:
         name: how plans and reports call it; a preset's name, or one of your own.
         weights: the spec of the weight's 2-D view, (output features, input features).
-        inputs: the spec of the input's 2-D view, (tokens, features).
+        inputs: the spec of the input's 2-D view, (tokens, features); None leaves it in float.
 
     Raises:
         ValueError: specs that no module can carry.
     """
 
     name: str
-    weights: QuantSpec | None = None
+    weights: QuantSpec
     inputs: QuantSpec | None = None
 
     def __post_init__(self) -> None:
-        if self.weights is None and self.inputs is None:
-            raise ValueError(
-                f"scheme {self.name!r} quantizes nothing; to keep a module in float use scheme: none"
-            )
         if (
             self.inputs is not None
             and self.inputs.ranges != "dynamic"
@@ -39,7 +35,5 @@ class Scheme:
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
         """Stored bits per weight of a (rows, columns) view, scales and zero points included."""
-        if self.weights is None:
-            return 32.0
         per_scale = self.weights.granularity.elements_per_scale(rows, columns)
         return self.weights.format.bits + self.weights.bits_per_scale / per_scale

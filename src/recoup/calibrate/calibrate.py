@@ -1,0 +1,114 @@
+"""Calibration: from data, without labels, to the ranges of every quantizer that needs them."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from recoup.calibrate.observers import OBSERVERS, MinMax, Observer
+from recoup.nn import Batch, FakeQuantizer, QuantModule, call, quantization_off, size_of
+from recoup.numerics import QuantSpec, per_tensor
+
+DEFAULT_SAMPLES = 512
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    observer: str = "minmax",
+    samples: int | None = None,
+) -> nn.Module:
+    """Set the range of every static and learned quantizer; in place, returns the model.
+
+    Weights are observed as they are. Inputs are observed while the model runs in float on the batches;
+    when every input range is dynamic, only the first batch is looked at, to keep as the example input
+    that exporters trace (`model.recoup_example`). Never changes a weight and never needs labels.
+
+    Args:
+        model: prepared.
+        batches: mappings (keyword arguments), tuples (positional ones) or tensors.
+        observer: "minmax" or "mse".
+        samples: how many samples to see, counted along the first axis of a batch. By default up to 512;
+            a number that is asked for must be there.
+
+    Raises:
+        ValueError: the model is not prepared, no such observer, no batches, fewer samples than asked, or
+            values that are not finite.
+    """
+    if observer not in OBSERVERS:
+        raise ValueError(f"no observer {observer!r}; there are {', '.join(OBSERVERS)}")
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantizer)}
+    if not quantizers:
+        raise ValueError("nothing to calibrate: the model is not prepared; run recoup.prepare first")
+    taken = list(take(batches, samples or DEFAULT_SAMPLES))
+    found = sum(map(size_of, taken))
+    if found < (samples or 1):
+        raise ValueError(
+            f"calibration: {samples or 1} samples asked, {found} found; bring more, or ask for fewer"
+        )
+    model.recoup_example = taken[0]  # pyright: ignore[reportArgumentType]
+
+    weights = {
+        module.weight_quantizer: module for module in model.modules() if isinstance(module, QuantModule)
+    }
+    observers: dict[FakeQuantizer, Observer] = {
+        quantizer: _observer(observer, quantizer.spec)
+        for quantizer in quantizers.values()
+        if quantizer.needs_calibration
+    }
+    inputs = {q: o for q, o in observers.items() if q not in weights}
+    if inputs:
+        with quantization_off(model), _watching(inputs):
+            for batch in track(taken, "calibrating", console=Console(stderr=True), transient=True):
+                call(model, batch)
+    todo = list(observers.items())
+    for quantizer, watching in track(todo, "choosing ranges", console=Console(stderr=True), transient=True):
+        if quantizer in weights:
+            watching.observe(weights[quantizer].matrix(weights[quantizer]))
+        try:
+            quantizer.set_range(*watching.range())
+        except ValueError as error:
+            raise ValueError(f"{quantizer.path}: {error}") from None
+    return model
+
+
+def _observer(name: str, spec: QuantSpec) -> Observer:
+    if spec.ranges == "dynamic":  # its only state is the global scale, and that is the tensor's extrema
+        return MinMax(replace(spec, granularity=per_tensor))
+    return OBSERVERS[name](spec)
+
+
+@contextmanager
+def _watching(observers: dict[FakeQuantizer, Observer]) -> Generator[None]:
+    def hook(observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def observe(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x: Tensor = arguments[0]
+            observer.observe(x.reshape(-1, x.shape[-1]))
+
+        return observe
+
+    handles = [
+        quantizer.register_forward_pre_hook(hook(observer)) for quantizer, observer in observers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def take(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """Batches until they hold `samples` samples; a larger last one is kept whole."""
+    found = 0
+    for batch in batches:
+        yield batch
+        found += size_of(batch)
+        if found >= samples:
+            return

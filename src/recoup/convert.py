@@ -1,0 +1,42 @@
+"""The door out: float master weights become codes and scales. One way."""
+
+from torch import nn
+
+from recoup.nn import CODED_MODULES, FakeQuantizer
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Replace every prepared module by its coded one; in place, returns the model.
+
+    The codes are decided here, once, in float32, from the master weights and the qparams that fake
+    quantization used; every later step moves codes. What the model computes does not change by a bit.
+
+    Raises:
+        ValueError: nothing is prepared, or a quantizer is switched off or not calibrated.
+
+    >>> import torch, recoup
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4))
+    >>> model = recoup.convert(recoup.prepare(model, recoup.resolve(model, "w4a16")))
+    >>> model[0].weight.codes.dtype, tuple(model[0].weight.scale.shape)
+    (torch.int8, (4, 1))
+    """
+    for quantizer in (module for module in model.modules() if isinstance(module, FakeQuantizer)):
+        if not quantizer.enabled:
+            raise ValueError(
+                f"{quantizer.path}: its quantizer is switched off, so this is not what was measured"
+            )
+        if not quantizer.calibrated:
+            raise ValueError(
+                f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) first"
+            )
+    coded = {
+        module: CODED_MODULES[type(module)](module)
+        for module in model.modules()
+        if type(module) in CODED_MODULES
+    }
+    if not coded:
+        raise ValueError("nothing to convert: the model has no prepared modules; run recoup.prepare first")
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in coded:
+            model.set_submodule(name, coded[module])
+    return model

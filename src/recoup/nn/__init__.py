@@ -1,0 +1,26 @@
+"""The modules that carry numbers: all their state is in `state_dict`.
+
+`fake_quantizer.py` is one tensor, `modules.py` the prepared modules, `coded.py` the converted ones.
+"""
+
+from recoup.nn.call import Batch, call, size_of
+from recoup.nn.coded import CODED_MODULES, CodedEmbedding, CodedLinear, Codes
+from recoup.nn.fake_quantizer import FakeQuantizer, quantization_off
+from recoup.nn.modules import QUANT_MODULES, QuantEmbedding, QuantLinear, QuantModule, quant_type
+
+__all__ = [
+    "CODED_MODULES",
+    "QUANT_MODULES",
+    "Batch",
+    "CodedEmbedding",
+    "CodedLinear",
+    "Codes",
+    "FakeQuantizer",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantModule",
+    "call",
+    "quant_type",
+    "quantization_off",
+    "size_of",
+]

@@ -1,0 +1,311 @@
+"""The door in: which module gets which numbers (`resolve`), and the modules that carry them (`prepare`).
+
+`resolve` accounts for every parameter before anything is touched: quantized, kept and why, or an error.
+`explain` prints that account. `prepare` carries it out, in place.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from recoup.nn import FakeQuantizer, quant_type
+from recoup.schemes import Plan, Recipe, Rule, Scheme
+
+# The last layer, by the names that libraries give it: most sensitive, and least worth quantizing.
+HEADS = frozenset(
+    {"lm_head", "head", "classifier", "score", "cls", "qa_outputs", "embed_out", "output_projection"}
+)
+# Of at least two dimensions and this share of the model: too large to leave in float without being told.
+LARGE = 0.01
+
+
+def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
+    """Decide for every parameter what becomes of it.
+
+    In this order: the first rule that matches decides; tied parameters, heads, embeddings and norms are
+    kept; every other module with a quantized form gets the recipe's scheme. A rule matches a module by
+    its name or by that of a module around it. Never changes the model.
+
+    Args:
+        model: a float model.
+        recipe: or a scheme, or a scheme's name.
+
+    Raises:
+        ValueError: a rule that matches nothing; a layer that its groups do not divide; a large parameter
+            in a module that has no quantized form, and no rule that keeps it; nothing to quantize.
+
+    >>> import torch
+    >>> resolve(torch.nn.Sequential(torch.nn.Linear(32, 4)), "w4a16").modules
+    {'0': 'w4a16'}
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.model_validate({"scheme": recipe})
+    if any(isinstance(module, FakeQuantizer) for module in model.modules()):
+        raise ValueError("the model is prepared already; resolve looks at the float model")
+    _every_rule_matches(model, recipe.rules)
+
+    schemes: dict[str, Scheme] = {}
+    modules: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    tied = _tied(model)
+    for name, module in model.named_modules():
+        decision = _decide(name, module, recipe, tied)
+        for parameter, _ in module.named_parameters(recurse=False):
+            path = f"{name}.{parameter}".lstrip(".")
+            if isinstance(decision, str):
+                kept[path] = decision
+            elif parameter != "weight":
+                kept[path] = "bias"
+        if isinstance(decision, Scheme):
+            _fits(name, module, decision)
+            if schemes.setdefault(decision.name, decision) != decision:
+                raise ValueError(f"two different schemes are called {decision.name!r}; give them two names")
+            modules[name] = decision.name
+    _nothing_large_is_left_out(model, kept)
+    if not modules:
+        raise ValueError(
+            "nothing to quantize: "
+            + (f"every module is kept ({_reasons(kept)})" if kept else "no parameters")
+        )
+    return Plan(schemes=schemes, modules=modules, kept=kept)
+
+
+def prepare(model: nn.Module, plan: Plan) -> nn.Module:
+    """Put the quantized twins in place of the modules that the plan names; in place, returns the model.
+
+    Weights are calibrated by min and max at once; inputs with static ranges wait for `calibrate`.
+    Parameters are shared with the float modules, never copied, so an optimizer made earlier still trains
+    them. To resume, prepare a fresh model and `load_state_dict` strictly.
+
+    Raises:
+        ValueError: the plan names a module that the model lacks or that is prepared already, or a weight
+            is not finite; the model is then as it was.
+    """
+    modules = dict(model.named_modules())
+    twins: dict[nn.Module, nn.Module] = {}
+    for name in plan.modules:
+        module = modules.get(name)
+        if module is None:
+            raise ValueError(
+                f"the plan quantizes {name!r}, which the model has not; resolve it for this model"
+            )
+        twin = quant_type(module)
+        if twin is None:
+            raise ValueError(f"{name}: a {_type_name(module)} has no quantized form, or is prepared already")
+        twins[module] = twin.from_float(module, plan[name], name)
+    if model in twins:
+        raise ValueError("the model is itself the only layer; wrap it, as in nn.Sequential(model)")
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in twins:
+            model.set_submodule(name, twins[module])
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One parameter's fate. Bytes are of storage: codes, scales and zero points."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    scheme: str
+    bits: float
+    bytes_before: int
+    bytes_after: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What would happen to every parameter; prints as a table."""
+
+    rows: list[Row]
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all parameters, tied ones counted once."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """The same when quantized."""
+        return sum(row.bytes_after for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "scheme", "bits", "bytes before", "after", "reason")
+        cells = [head, *map(_cells, self.rows)]
+        total = _cells(
+            Row(
+                parameter="total", shape=(), scheme="", reason="",
+                bits=32 * self.bytes_after / max(self.bytes_before, 1),
+                bytes_before=self.bytes_before, bytes_after=self.bytes_after,
+            )
+        )  # fmt: skip
+        widths = [max(len(line[i]) for line in [*cells, total]) for i in range(len(head))]
+        right = {3, 4, 5}
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i in right else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in [*cells, total]
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def explain(model: nn.Module, plan: Plan) -> Explanation:
+    """The dry run: parameter, scheme, bits, bytes before and after, and why. Never changes the model.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.LayerNorm(4))
+    >>> print(explain(model, resolve(model, "w4a16")))
+    parameter  shape   scheme  bits  bytes before  after  reason
+    0.weight   4 x 32  w4a16    5.0           512     80
+    0.bias     4       float   32.0            16     16  bias
+    1.weight   4       float   32.0            16     16  norm
+    1.bias     4       float   32.0            16     16  norm
+    total                       7.3           560    128
+    """
+    rows: list[Row] = []
+    for path, parameter in model.named_parameters():
+        before = parameter.numel() * parameter.element_size()
+        module, _, leaf = path.rpartition(".")
+        bits, scheme, reason = 8.0 * parameter.element_size(), "float", plan.kept.get(path, "")
+        if leaf == "weight" and module in plan.modules:
+            bits, scheme = plan[module].bits_per_weight(*parameter.flatten(1).shape), plan.modules[module]
+        after = round(parameter.numel() * bits / 8)
+        rows.append(
+            Row(
+                parameter=path, shape=tuple(parameter.shape), scheme=scheme, bits=bits,
+                bytes_before=before, bytes_after=after, reason=reason,
+            )
+        )  # fmt: skip
+    return Explanation(rows=rows)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = " x ".join(map(str, row.shape))
+    sizes = (f"{row.bits:.1f}", f"{row.bytes_before:,}", f"{row.bytes_after:,}")
+    return (row.parameter, shape, row.scheme, *sizes, row.reason)
+
+
+def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, str]) -> Scheme | str:
+    """The scheme of a module, or the reason why its parameters are kept."""
+    kind = quant_type(module)
+    rule = next((rule for rule in recipe.rules if _matches(rule, name)), None)
+    if rule is not None and rule.scheme is None:
+        return f"rule {rule.match!r}"
+    if kind is None:
+        return (
+            "norm"
+            if "norm" in type(module).__name__.lower()
+            else f"no quantized form of {_type_name(module)}"
+        )
+    if name in tied:
+        if rule is not None:
+            raise ValueError(
+                f"{name}: rule {rule.match!r} quantizes it, but its weight is tied to {tied[name]}; "
+                f"untie them, or keep it with {{match: {name}, scheme: none}}"
+            )
+        return f"tied to {tied[name]}"
+    if rule is not None and rule.scheme is not None:
+        return _with_ranges(rule.scheme, recipe)
+    if not kind.has_float_inputs:
+        return "embedding, kept unless a rule names it"
+    if name.rpartition(".")[2] in HEADS:
+        return "head, kept unless a rule names it"
+    return _with_ranges(recipe.scheme, recipe)
+
+
+def _with_ranges(scheme: Scheme, recipe: Recipe) -> Scheme:
+    if recipe.weight_ranges is None:
+        return scheme
+    return replace(scheme, weights=replace(scheme.weights, ranges=recipe.weight_ranges))
+
+
+def _matches(rule: Rule, name: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), rule.match) for end in range(1, len(parts) + 1))
+
+
+def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
+    owners = {
+        name: module
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+    for rule in rules:
+        matched = [name for name in owners if _matches(rule, name)]
+        if not matched:
+            nearest = get_close_matches(rule.match, owners, n=3, cutoff=0.3)
+            hint = (
+                f"did you mean {', '.join(nearest)}?"
+                if nearest
+                else f"modules are named as {next(iter(owners), '')!r}"
+            )
+            raise ValueError(f"rule {rule.match!r} matches no module; {hint}")
+        if rule.scheme is not None and not any(quant_type(owners[name]) for name in matched):
+            kinds = sorted({_type_name(owners[name]) for name in matched})
+            raise ValueError(
+                f"rule {rule.match!r} matches only modules without a quantized form: {', '.join(kinds)}"
+            )
+
+
+def _fits(name: str, module: nn.Module, scheme: Scheme) -> None:
+    kind = quant_type(module)
+    assert kind is not None
+    rows, columns = kind.matrix(module).shape
+    if scheme.inputs is not None and not kind.has_float_inputs:
+        raise ValueError(
+            f"{name}: {scheme.name!r} quantizes inputs, but an embedding's are ids; use w8a16 or w4a16"
+        )
+    try:
+        scheme.weights.granularity.scale_shape(rows, columns)
+        if scheme.inputs is not None:
+            scheme.inputs.granularity.scale_shape(1, columns)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """For every module with a weight that another module also holds, the name of one such other."""
+    owners: dict[Tensor, list[str]] = {}
+    for name, module in model.named_modules():
+        for _, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name)
+    shared = [names for names in owners.values() if len(names) > 1]
+    return {name: next(other for other in names if other != name) for names in shared for name in names}
+
+
+def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
+    parameters = dict(model.named_parameters())
+    total = sum(parameter.numel() for parameter in parameters.values())
+    left_out = [
+        f"{path} ({' x '.join(map(str, parameter.shape))}, {kept[path]})"
+        for path, parameter in parameters.items()
+        if kept.get(path, "").startswith("no quantized form")
+        and parameter.ndim >= 2
+        and parameter.numel() >= LARGE * total
+    ]
+    if left_out:
+        module = left_out[0].split(" ")[0].rpartition(".")[0]
+        raise ValueError(
+            f"{len(left_out)} large parameters would stay in float: {'; '.join(_first(left_out, 3))}. "
+            f"Keep them knowingly with rules such as {{match: {module or '<module>'}, scheme: none}}"
+        )
+
+
+def _first(items: list[str], count: int) -> Iterator[str]:
+    yield from items[:count]
+    if len(items) > count:
+        yield f"and {len(items) - count} more"
+
+
+def _reasons(kept: dict[str, str]) -> str:
+    return ", ".join(sorted(set(kept.values())))
+
+
+def _type_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

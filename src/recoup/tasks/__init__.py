@@ -1,0 +1,41 @@
+"""The only room that loads models and datasets: a recipe's task becomes a model, batches and `evaluate`."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+from recoup.schemes import Recipe
+from recoup.tasks import custom, sentence_embedding
+from recoup.tasks.task import Batch, Task
+
+TASKS: dict[str, Callable[[Recipe, Path], Task]] = {
+    "sentence-embedding": sentence_embedding.load,
+    "custom": custom.load,
+}
+
+__all__ = ["TASKS", "Batch", "Task", "load"]
+
+
+def load(recipe: Recipe, folder: Path = Path()) -> Task:
+    """The model, the batches and the measurement that a recipe's task names.
+
+    Args:
+        recipe: with a task.
+        folder: where relative paths of the recipe start; the current working directory unless told otherwise.
+
+    Raises:
+        ValueError: no task, an unknown one, or settings, model or data that cannot be used. One line.
+        OSError: a file that is not there.
+        ImportError: a package of the task is not installed; the message names the pip extra.
+    """
+    if recipe.task is None:
+        raise ValueError(
+            f"the recipe has no task; write task: {{name: ...}} with one of {', '.join(TASKS)}, "
+            "or call recoup.recover with a model of your own"
+        )
+    name = recipe.task.name
+    if name not in TASKS:
+        nearest = get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(TASKS)}"
+        raise ValueError(f"task.name: no task {name!r}; {hint}")
+    return TASKS[name](recipe, folder)

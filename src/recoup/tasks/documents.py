@@ -1,0 +1,141 @@
+"""Labelled texts in JSON lines: read whole, checked line by line, split so that no text is seen twice."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Which documents measure does not follow the recipe's seed: runs with other seeds stay comparable.
+MEASURING_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A text and the label that a person gave it."""
+
+    text: str
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Documents by use; no text is in two of them.
+
+    Args:
+        probe: what the linear probe is fitted on.
+        calibration: what calibration sees.
+        train: what distillation sees.
+        also_in_test, twice_in_train: documents of the train file that were left out, and why.
+    """
+
+    probe: list[Document]
+    calibration: list[Document]
+    train: list[Document]
+    also_in_test: int
+    twice_in_train: int
+
+
+def read(path: Path, text: str, label: str) -> list[Document]:
+    """The documents of a file of JSON lines, in its order. Blank lines are not documents.
+
+    Args:
+        path: the file, UTF-8.
+        text, label: the keys; a text is a string that is not empty, a label a string or an integer.
+
+    Raises:
+        ValueError: one line with file, line number and what is wrong there; also fewer than two documents.
+        FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; task.data wants files of JSON lines")
+    found: list[Document] = []
+    # By b"\n" alone: str.splitlines would also cut at U+2028, which JSON allows inside of a string.
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            found.append(_document(line, f"{path}:{number}", text, label))
+    if len(found) < 2:
+        raise ValueError(f"{path}: {len(found)} documents found; a task needs at least two")
+    return found
+
+
+def split(
+    train: Sequence[Document],
+    test: Sequence[Document],
+    *,
+    probe: int,
+    calibration: int,
+    seed: int,
+    where: Path,
+) -> Split:
+    """The train documents cut into probe, calibration and the rest, shuffled; texts of the test left out.
+
+    Args:
+        train, test: documents in file order.
+        probe, calibration: how many of each.
+        seed: of what is calibrated and trained on, and in which order.
+        where: the train file, for messages.
+
+    Raises:
+        ValueError: too few documents for the probe or the calibration.
+    """
+    tested = {document.text for document in test}
+    unseen = [document for document in train if document.text not in tested]
+    once = list({document.text: document for document in reversed(unseen)}.values())[::-1]
+    if len(once) < probe:
+        raise ValueError(
+            f"probe_documents: {probe} asked, {len(once)} found in {where}; give it more, or lower probe_documents"
+        )
+    random.Random(MEASURING_SEED).shuffle(once)
+    rest = once[probe:]
+    if len(rest) < calibration:
+        raise ValueError(
+            f"calibration: {calibration} samples asked, {len(rest)} found in {where} after {probe} for the "
+            "probe; give it more, or lower calibration.samples or probe_documents"
+        )
+    random.Random(seed).shuffle(rest)
+    return Split(
+        probe=once[:probe],
+        calibration=rest[:calibration],
+        train=rest[calibration:],
+        also_in_test=len(train) - len(unseen),
+        twice_in_train=len(unseen) - len(once),
+    )
+
+
+def some(documents: list[Document], count: int | None, where: Path) -> list[Document]:
+    """`count` of the documents, drawn from all over the file and in its order; all of them for None.
+
+    Raises:
+        ValueError: fewer than that.
+    """
+    if count is None:
+        return documents
+    if count > len(documents):
+        raise ValueError(
+            f"test_documents: {count} asked, {len(documents)} found in {where}; leave test_documents out for all"
+        )
+    chosen = random.Random(MEASURING_SEED).sample(range(len(documents)), count)
+    return [documents[index] for index in sorted(chosen)]
+
+
+def _document(line: bytes, where: str, text: str, label: str) -> Document:
+    try:
+        row: Any = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON at column {error.colno}; every line is one object") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: {type(row).__name__} found; every line is one object")
+    for key, name in ((text, "text"), (label, "label")):
+        if key not in row:
+            raise ValueError(
+                f"{where}: no key {key!r}, there are {', '.join(map(repr, row)) or 'none'}; set task.data.{name}"
+            )
+    if not isinstance(row[text], str) or not row[text].strip():
+        raise ValueError(f"{where}: {text!r} is {row[text]!r}, expected a text")
+    if not isinstance(row[label], str | int):
+        raise ValueError(f"{where}: {label!r} is {row[label]!r}, expected a string or an integer")
+    return Document(text=row[text], label=str(row[label]))

@@ -1,0 +1,77 @@
+"""What a task gives to a run, and how a model is asked without leaving a trace on it."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from recoup.validate import Samples
+
+Batch = dict[str, Tensor]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model, what it is calibrated and trained on, and how it is measured.
+
+    Args:
+        model: the float model, in eval mode.
+        calibration: batches that hold exactly `recipe.calibration.samples` samples together.
+        train: batches in the order of training.
+        evaluate: calls `model(**batch)` on fixed inputs; the same inputs and order for every model.
+        facts: what a report needs to say which model and data these were: sha256 of the files, counts.
+    """
+
+    model: nn.Module
+    calibration: Sequence[Batch]
+    train: Sequence[Batch]
+    evaluate: Callable[[nn.Module], Samples]
+    facts: dict[str, str]
+
+
+@contextmanager
+def asking(model: nn.Module) -> Iterator[torch.device]:
+    """Eval and inference mode inside; every training flag as it was after. Gives the model's device.
+
+    A module without parameters and buffers (one that runs an exported file) is on the CPU.
+    """
+    modes = {module: module.training for module in model.modules()}
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield torch.device("cpu") if tensor is None else tensor.device
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def too_few(asked: int, found: int, where: str) -> ValueError:
+    """The error of a calibration set that is too small."""
+    return ValueError(
+        f"calibration: {asked} samples asked, {found} found in {where}; "
+        "give it more, or lower calibration.samples"
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shown(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """`items` with a progress bar on stderr that goes away, if somebody is watching."""
+    console = Console(stderr=True)
+    yield from track(
+        items, description, total=total, console=console, transient=True, disable=not console.is_terminal
+    )

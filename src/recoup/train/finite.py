@@ -1,0 +1,55 @@
+"""Where a NaN comes from."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recoup.nn import Batch, call
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss or gradient that is not finite; the message names the first module with one."""
+
+
+@torch.no_grad()
+def first_nonfinite_module(model: nn.Module, batch: Batch) -> str:
+    """The first module, in the order of execution, whose parameters or output hold a non-finite value.
+
+    Runs the model once more on the batch. Never changes it.
+    """
+    found: list[str] = []
+
+    def hook(name: str) -> Any:
+        def check(module: nn.Module, inputs: Any, output: Any) -> None:
+            del inputs
+            for parameter, tensor in module.named_parameters(recurse=False):
+                if not found and not torch.isfinite(tensor).all():
+                    found.append(f"{name} (its {parameter})")
+            if not found and not all(torch.isfinite(tensor).all() for tensor in _floats(output)):
+                found.append(f"{name} (its output)")
+
+        return check
+
+    handles = [
+        module.register_forward_hook(hook(name or "the model")) for name, module in model.named_modules()
+    ]
+    try:
+        call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself (every module's output is finite)"
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _floats(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _floats(value)

@@ -1,0 +1,249 @@
+"""One run on one page: what was asked, what came out, how sure that is, and what it costs.
+
+`html` is a single file that opens offline: no script, no font, no picture of another place. `markdown`
+says the same in text. Both begin with the outcome, and neither hides a bad one: a file that is slower
+than the float one is called slower.
+"""
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from recoup.validate.gates import Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One attempt, measured: a rung of the ladder, or the exported file read back.
+
+    Args:
+        name: as in "rtn", "gptq", "qat".
+        metrics: metric -> aggregate.
+        verdicts: one for each gate.
+        seconds: what the attempt took.
+        outcome: "passed", "failed" or "undecided".
+    """
+
+    name: str
+    metrics: dict[str, float]
+    verdicts: list[Verdict]
+    seconds: float
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a file costs to keep and to run.
+
+    Args:
+        bytes: size on disk.
+        seconds: median latency of one batch.
+        peak_bytes: peak memory while running it.
+        batch: what a batch was, as in "8 x 64 tokens".
+    """
+
+    bytes: int
+    seconds: float
+    peak_bytes: int
+    batch: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything a reader is shown.
+
+    Args:
+        title: the model, in the reader's words.
+        scheme: the preset or recipe that was asked for.
+        target: the engine or file format.
+        outcome: "passed", "failed" or "undecided", of the whole run.
+        rung: the rung that was exported; None if none was.
+        baseline: metric -> aggregate of the float model.
+        rungs: the attempts, in the order in which they were made.
+        artefact: the exported file, measured again after reading it back; None if nothing was exported.
+        float_cost, artefact_cost: of both files, in one engine and interleaved.
+        curve: one entry per logged training step: step, loss, and optionally held_out, learning_rate.
+        layer_errors: rung -> module -> relative output error.
+        notes: sentences for the reader: what was kept and why, what gave no speed.
+        facts: versions, seeds, hashes, machine.
+    """
+
+    title: str
+    scheme: str
+    target: str
+    outcome: str
+    rung: str | None
+    baseline: dict[str, float]
+    rungs: list[Rung]
+    artefact: Rung | None
+    float_cost: Cost | None
+    artefact_cost: Cost | None
+    curve: list[dict[str, float]]
+    layer_errors: dict[str, dict[str, float]]
+    notes: list[str]
+    facts: dict[str, str]
+
+
+def html(report: Report) -> str:
+    """The report as one page that needs nothing else."""
+    from recoup.validate import plots
+
+    pictures = {
+        "curve": plots.training_curve(report.curve),
+        "layers": plots.layer_errors(report.layer_errors),
+        "trade": _trade(report),
+    }
+    return _render("report.html.jinja", report, {name: svg and Markup(svg) for name, svg in pictures.items()})
+
+
+def markdown(report: Report) -> str:
+    """The report as text, for a pull request or a terminal."""
+    return _render("report.md.jinja", report, {})
+
+
+def write(report: Report, folder: str | os.PathLike[str]) -> None:
+    """Write report.md and report.html into the folder; each is there whole, or not at all."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, text in (("report.md", markdown(report)), ("report.html", html(report))):
+        descriptor, draft = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(draft, 0o644)  # a temporary file is its owner's alone
+            os.replace(draft, Path(folder) / name)
+        finally:
+            Path(draft).unlink(missing_ok=True)
+
+
+def headline(report: Report) -> str:
+    """The outcome in one sentence."""
+    attempts = ", ".join(rung.name for rung in report.rungs) or "none"
+    if report.outcome == "passed":
+        exported = report.artefact is not None and report.artefact.outcome == "passed"
+        file = ", and so does the exported file" if exported else ""
+        return f"{report.rung} keeps every gate within its limit{file}."
+    if report.artefact and report.artefact.outcome == report.outcome == "failed":
+        return f"{report.rung} passed, but the exported file does not: do not ship it."
+    if report.outcome == "undecided":
+        more = [v.more_samples for r in _measured(report) for v in r.verdicts if v.more_samples]
+        asked = f"about {max(more):,} more samples would decide" if more else "per-sample values are needed"
+        return f"Too few samples to say whether the limits are kept: {asked}."
+    return f"No rung keeps every gate within its limit (tried: {attempts}): do not quantize it this way."
+
+
+def speed(report: Report) -> str | None:
+    """How the artefact's latency compares with the float file's, in one plain sentence."""
+    if report.float_cost is None or report.artefact_cost is None:
+        return None
+    ratio = report.artefact_cost.seconds / report.float_cost.seconds
+    if ratio > 1.02:
+        return f"The exported file is SLOWER than the float file: {ratio:.2f} times the time for each batch."
+    if ratio > 0.98:
+        return "The exported file is as fast as the float file, no faster."
+    return f"The exported file is {1 / ratio:.2f} times as fast as the float file."
+
+
+def _measured(report: Report) -> list[Rung]:
+    return [*report.rungs, *([report.artefact] if report.artefact else [])]
+
+
+def _trade(report: Report) -> str | None:
+    from recoup.validate import plots
+
+    floats, artefacts, artefact = report.float_cost, report.artefact_cost, report.artefact
+    if floats is None or artefacts is None or artefact is None:
+        return None
+    whole = [v for v in artefact.verdicts if v.slice is None]
+    metric = next((v.metric for v in whole), next(iter(report.baseline), None))
+    if metric is None or metric not in artefact.metrics or metric not in report.baseline:
+        return None
+    limit = next((v.baseline + (v.limit if v.direction == "increase" else -v.limit) for v in whole), None)
+    return plots.trade(
+        metric,
+        {"float": report.baseline[metric], "artefact": artefact.metrics[metric]},
+        {rung.name: rung.metrics[metric] for rung in report.rungs if metric in rung.metrics},
+        {
+            "size, MB": (floats.bytes / 1e6, artefacts.bytes / 1e6),
+            "median latency of a batch, ms": (1e3 * floats.seconds, 1e3 * artefacts.seconds),
+        },
+        limit,
+    )
+
+
+def interval_picture(verdict: Verdict) -> Markup | None:
+    """The interval against the limit: 0 and the limit are at the same places in every row, worse is right.
+
+    None where there is no interval.
+    """
+    if verdict.lo is None or verdict.hi is None:
+        return None
+    sign = 1 if verdict.direction == "increase" else -1
+    best, change, worst = sorted(sign * x for x in (verdict.lo, verdict.change, verdict.hi))
+    unit = verdict.limit or max(abs(best), abs(worst)) or 1.0
+
+    def x(amount: float) -> float:
+        return round(min(max(60 + 60 * amount / unit, 8), 192), 1)
+
+    clipped = "".join(
+        f'<path class="tip {verdict.outcome}" d="M{end} 6 l{7 * way} 5 l{-7 * way} 5 z"/>'
+        for end, way, beyond in ((192, 1, x(worst) == 192), (8, -1, x(best) == 8))
+        if beyond
+    )
+    limit = f'<path class="limit" d="M{x(verdict.limit)} 1 v20"/>'
+    dot = f'<circle class="dot {verdict.outcome}" cx="{x(change)}" cy="11" r="4"/>'
+    return Markup(
+        f'<svg class="interval" viewBox="0 0 200 22" role="img" aria-label="interval against the limit">'
+        f'<rect class="allowed" x="0" y="1" width="{x(verdict.limit)}" height="20"/>'
+        f'<path class="zero" d="M60 1 v20"/>{limit}'
+        f'<path class="bar {verdict.outcome}" d="M{x(best)} 11 H{x(worst)}"/>{clipped}'
+        f"{dot if 8 < x(change) < 192 else ''}</svg>"
+    )
+
+
+def figure(value: float | None) -> str:
+    """A number for a reader: four significant digits."""
+    return "–" if value is None else f"{value:.4g}"  # noqa: RUF001
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as in "12.3 MB"."""
+    unit = min(int(math.log10(max(count, 1)) // 3), 4)
+    return f"{count / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def duration(seconds: float) -> str:
+    """As in "3.1 ms", "4.2 s", "12 min"."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
+
+
+def _cell(value: object) -> Markup:
+    """Text that cannot leave its cell of a Markdown table."""
+    escaped = Markup.escape(" ".join(str(value).split()))
+    return Markup(escaped.replace("|", "\\|").replace("`", "&#96;"))
+
+
+def _render(template: str, report: Report, pictures: dict[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    page = Environment(
+        loader=PackageLoader("recoup.validate", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters.update(figure=figure, size=size, duration=duration, cell=_cell, interval=interval_picture)
+    return page.get_template(template).render(
+        report=report,
+        measured=_measured(report),
+        headline=headline(report),
+        speed=speed(report),
+        **pictures,
+    )
