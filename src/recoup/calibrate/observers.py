@@ -16,6 +16,7 @@ from recoup.numerics import QuantSpec, choose_global_scale, choose_qparams, extr
 from recoup.numerics.granularity import cut
 
 _SHRINK = torch.linspace(1.0, 0.35, 27)  # the widest range first, so that it wins ties
+_CACHED_VALUES = 2**16
 _KEPT_VALUES = 2**18  # of one tensor, for the search: 1 MiB
 
 
@@ -93,13 +94,27 @@ class MSE:
         x = torch.cat(self.rows)
         spec = replace(self.spec, ranges="static")
         global_scale = choose_global_scale(amax, spec)
-        best, share = torch.full_like(lo, torch.inf), torch.ones_like(lo)
-        for shrink in _SHRINK.to(x.device):
-            qparams = choose_qparams(shrink * lo, shrink * hi, spec, global_scale)
-            error = cut((fake_quantize(x, qparams, spec) - x).square(), spec.granularity).sum(dim=(1, 3))
-            share = torch.where(error < best, shrink, share)
-            best = torch.minimum(best, error)
+        # Blocks do not know of each other, so the search goes through them in pieces that fit a cache.
+        pieces = max(1, min(len(lo), x.numel() // _CACHED_VALUES))
+        by_block_row = x.reshape(len(lo), -1, x.shape[1])
+        shares = [
+            _best_share(rows.flatten(0, 1), least, most, spec, global_scale)
+            for rows, least, most in zip(
+                *(tensor.tensor_split(pieces) for tensor in (by_block_row, lo, hi)), strict=True
+            )
+        ]
+        share = torch.cat(shares)
         return share * lo, share * hi, amax
+
+
+def _best_share(x: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec, global_scale: Tensor | None) -> Tensor:
+    best, share = torch.full_like(lo, torch.inf), torch.ones_like(lo)
+    for shrink in _SHRINK.to(x.device):
+        qparams = choose_qparams(shrink * lo, shrink * hi, spec, global_scale)
+        error = cut((fake_quantize(x, qparams, spec) - x).square(), spec.granularity).sum(dim=(1, 3))
+        share = torch.where(error < best, shrink, share)
+        best = torch.minimum(best, error)
+    return share
 
 
 OBSERVERS: dict[str, Callable[[QuantSpec], Observer]] = {"minmax": MinMax, "mse": MSE}

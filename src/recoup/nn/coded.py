@@ -68,7 +68,7 @@ class CodedLinear(nn.Module):
         self.scheme = prepared.scheme
         self.in_features, self.out_features = prepared.in_features, prepared.out_features
         self.weight = Codes(prepared)
-        self.bias = prepared.bias
+        self.bias: nn.Parameter | None = prepared.bias
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
     def forward(self, x: Tensor) -> Tensor:

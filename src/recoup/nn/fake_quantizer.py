@@ -96,6 +96,12 @@ class FakeQuantizer(LatticeState):
             )
         if self.scale is None:
             return qparams_of(view.detach(), self.spec, self.global_scale)
+        return self.stored_qparams
+
+    @property
+    def stored_qparams(self) -> QParams:
+        """The qparams of static and learned ranges: they do not depend on the tensor."""
+        assert self.scale is not None, "dynamic ranges store no scale"
         scale = storable_straight_through(self.scale, self.spec.scale_format)
         return QParams(scale=scale, zero_point=self.zero_point, global_scale=self.global_scale)
 

@@ -94,19 +94,21 @@ class QParams:
 def storable(scale: Float[Tensor, "br bc"], grid: Format) -> Float[Tensor, "br bc"]:
     """The scales, moved onto their own grid: rounded, saturated, and never closer to zero than its floor."""
     rounded = grid.rint(scale).clamp(grid.lo, grid.hi)
-    return torch.where(rounded < 0, rounded.clamp(max=-grid.floor), rounded.clamp(min=grid.floor))
-
-
-class _Storable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scale: Tensor, grid: Format) -> Tensor:
-        return storable(scale, grid)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad, None
+    return torch.where(scale < 0, rounded.clamp(max=-grid.floor), rounded.clamp(min=grid.floor))
 
 
 def storable_straight_through(scale: Float[Tensor, "br bc"], grid: Format) -> Float[Tensor, "br bc"]:
     """`storable`, whose gradient passes as if nothing had been rounded: how a learned scale is used."""
     return cast(Tensor, _Storable.apply(scale, grid))
+
+
+class _Storable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, grid: Format) -> Tensor:
+        del ctx
+        return storable(scale, grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return grad, None

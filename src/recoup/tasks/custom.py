@@ -2,9 +2,9 @@
 
     task: {name: custom, entry: "my_module:my_function", arguments: {path: data/}}
 
-The function returns a `recoup.tasks.Task`, a mapping, or a tuple in this order: model, calibration (batches, each
-a dict of tensors), evaluate, and optionally train (batches). Without train, training sees the calibration
-batches, and the facts of the task say so.
+The function returns a `recoup.tasks.Task`, a mapping, or a tuple in this order: model, calibration
+(batches, each a dict of tensors), evaluate, and optionally train (batches). Without train, training sees
+the calibration batches, and the facts of the task say so.
 """
 
 import dataclasses
@@ -111,13 +111,14 @@ def _parts(result: Any, entry: str) -> dict[str, Any]:
         found = dict(zip(PARTS, result, strict=False))
     else:
         raise ValueError(
-            f"{entry}: returned {type(result).__name__}; return a recoup.tasks.Task, or a mapping or tuple of "
-            f"{', '.join(PARTS[:3])} and optionally {PARTS[3]}"
+            f"{entry}: returned {type(result).__name__}; return a recoup.tasks.Task, or a mapping or tuple "
+            "of model, calibration, evaluate and optionally train"
         )
     wrong = [*(set(PARTS[:3]) - set(found)), *(set(found) - set(PARTS))]
     if wrong:
         raise ValueError(
-            f"{entry}: returned {', '.join(found) or 'nothing'}; expected {', '.join(PARTS[:3])} and optionally train"
+            f"{entry}: returned {', '.join(found) or 'nothing'}; "
+            "expected model, calibration, evaluate and optionally train"
         )
     if not isinstance(found["model"], nn.Module):
         raise ValueError(f"{entry}: model is a {type(found['model']).__name__}, expected a torch.nn.Module")
@@ -142,7 +143,7 @@ def _cut(batches: Iterable[Any], samples: int, entry: str) -> list[Batch]:
     """The first `samples` samples; a sample is a row of the first tensor of its batch."""
     kept: list[Batch] = []
     missing = samples
-    for batch in map(lambda batch: _batch(batch, f"{entry}: calibration"), batches):
+    for batch in (_batch(batch, f"{entry}: calibration") for batch in batches):
         first = next(iter(batch.values()))
         if first.ndim == 0:
             raise ValueError(

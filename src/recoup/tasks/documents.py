@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recoup.tasks.task import too_few
+
 # Which documents measure does not follow the recipe's seed: runs with other seeds stay comparable.
 MEASURING_SEED = 0
 
@@ -42,7 +44,8 @@ def read(path: Path, text: str, label: str) -> list[Document]:
 
     Args:
         path: the file, UTF-8.
-        text, label: the keys; a text is a string that is not empty, a label a string or an integer.
+        text: the key of the text, a string that is not empty.
+        label: the key of the label, a string or an integer.
 
     Raises:
         ValueError: one line with file, line number and what is wrong there; also fewer than two documents.
@@ -72,8 +75,10 @@ def split(
     """The train documents cut into probe, calibration and the rest, shuffled; texts of the test left out.
 
     Args:
-        train, test: documents in file order.
-        probe, calibration: how many of each.
+        train: documents in file order.
+        test: the whole test file, whichever part of it is measured on.
+        probe: how many documents.
+        calibration: how many documents.
         seed: of what is calibrated and trained on, and in which order.
         where: the train file, for messages.
 
@@ -85,15 +90,13 @@ def split(
     once = list({document.text: document for document in reversed(unseen)}.values())[::-1]
     if len(once) < probe:
         raise ValueError(
-            f"probe_documents: {probe} asked, {len(once)} found in {where}; give it more, or lower probe_documents"
+            f"probe_documents: {probe} asked, {len(once)} found in {where} besides {len(train) - len(once)} "
+            "duplicates; give it more, or lower probe_documents"
         )
     random.Random(MEASURING_SEED).shuffle(once)
     rest = once[probe:]
     if len(rest) < calibration:
-        raise ValueError(
-            f"calibration: {calibration} samples asked, {len(rest)} found in {where} after {probe} for the "
-            "probe; give it more, or lower calibration.samples or probe_documents"
-        )
+        raise too_few(calibration, len(rest), f"{where} after {probe} for the probe")
     random.Random(seed).shuffle(rest)
     return Split(
         probe=once[:probe],
@@ -114,7 +117,8 @@ def some(documents: list[Document], count: int | None, where: Path) -> list[Docu
         return documents
     if count > len(documents):
         raise ValueError(
-            f"test_documents: {count} asked, {len(documents)} found in {where}; leave test_documents out for all"
+            f"test_documents: {count} asked, {len(documents)} found in {where}; "
+            "leave test_documents out to use all"
         )
     chosen = random.Random(MEASURING_SEED).sample(range(len(documents)), count)
     return [documents[index] for index in sorted(chosen)]
@@ -132,7 +136,8 @@ def _document(line: bytes, where: str, text: str, label: str) -> Document:
     for key, name in ((text, "text"), (label, "label")):
         if key not in row:
             raise ValueError(
-                f"{where}: no key {key!r}, there are {', '.join(map(repr, row)) or 'none'}; set task.data.{name}"
+                f"{where}: no key {key!r}, there are {', '.join(map(repr, row)) or 'none'}; "
+                f"set task.data.{name}"
             )
     if not isinstance(row[text], str) or not row[text].strip():
         raise ValueError(f"{where}: {text!r} is {row[text]!r}, expected a text")

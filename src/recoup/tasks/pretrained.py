@@ -7,6 +7,8 @@ words, and weights that are not in the file are drawn at random. Both are errors
 import inspect
 import json
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,10 +78,11 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def load_encoder(folder: Path) -> tuple[nn.Module, list[str]]:
-    """The encoder in float32 and eval mode, without a pooler, and the names of stored tensors it has no use for.
+    """The encoder in float32 and eval mode, and the names of stored tensors that it has no use for.
 
-    Attention is the eager one: exported to ONNX it is 12 plain matrix products, while `sdpa` brings shape
-    arithmetic and a NaN guard into every layer.
+    It has no pooler where the class can leave it out: mean pooling never asks it, and nobody should
+    calibrate, train and ship a layer that is not used. Attention is the eager one: exported to ONNX it is
+    two plain matrix products per layer, while `sdpa` adds shape arithmetic and a NaN guard to each.
 
     Raises:
         ValueError: transformers cannot make this model, or weights are missing in the files.
@@ -90,20 +93,21 @@ def load_encoder(folder: Path) -> tuple[nn.Module, list[str]]:
         "dtype": torch.float32,
         "attn_implementation": "eager",
         "use_safetensors": True,
+        "local_files_only": True,
+        "output_loading_info": True,
     }
     with _quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            if "add_pooling_layer" in inspect.signature(cast(Any, MODEL_MAPPING)[type(config)]).parameters:
-                options["add_pooling_layer"] = False  # mean pooling never asks it
-            model, found = AutoModel.from_pretrained(
-                folder, config=config, local_files_only=True, output_loading_info=True, **options
-            )
+            encoder = cast(Any, MODEL_MAPPING)[type(config)]  # a tuple where one config has several models
+            if inspect.isclass(encoder) and "add_pooling_layer" in inspect.signature(encoder).parameters:
+                options["add_pooling_layer"] = False
+            model, found = AutoModel.from_pretrained(folder, config=config, **options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ValueError(
                 f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]})"
             ) from error
-    absent = sorted([*found["missing_keys"], *found["mismatched_keys"]])
+    absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
         raise ValueError(
             f"{folder}: {len(absent)} weights are missing or misshapen, the first {absent[0]}; "
@@ -162,19 +166,17 @@ def _check_length(path: Path) -> None:
         )
 
 
-class _quiet:  # noqa: N801 - a context, written as one word
-    """transformers prints no loading bar and no table of unused weights: both are in the facts of the task."""
+@contextmanager
+def _quiet() -> Generator[None]:
+    """No loading bar and no table of unused weights: what matters of them is in the facts of the task."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.level, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.level)
-        if self.bars:
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
             logging.enable_progress_bar()

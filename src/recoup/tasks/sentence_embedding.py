@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from recoup.schemes import Recipe, parse
 from recoup.tasks.assets import locate
@@ -96,7 +97,8 @@ def load(recipe: Recipe, folder: Path) -> Task:
     labels = {document.label for document in parts.probe}
     if len(labels) < 2:
         raise ValueError(
-            f"{train_file}: {len(labels)} label found in the probe's documents; a probe needs two"
+            f"{train_file}: one label, {min(labels)!r}, found in the {len(parts.probe)} documents of the "
+            "probe; it needs two"
         )
     if not parts.train and "qat" in recipe.rungs:
         raise ValueError(
@@ -115,11 +117,14 @@ def load(recipe: Recipe, folder: Path) -> Task:
     shortest_first = sorted(range(len(test)), key=lambda index: len(test[index].text))
     test_batches = batched([test[index] for index in shortest_first])
     reference = embed(model, test_batches, "embedding the test documents")
+    if not reference.isfinite().all():
+        raise ValueError(f"{source}: the float model's embeddings are not finite; its weights are damaged")
     probe = fit(embed(model, batched(parts.probe), "embedding the probe's documents"), parts.probe)
     shares = Counter(document.label for document in test)
     rare = sorted(label for label, count in shares.items() if count / len(test) < settings.rare_below)
     is_rare = np.array([document.label in rare for document in test])
-    files = [*files_of(source), train_file, test_file]
+    files = {path.name: path for path in files_of(source)}
+    files |= {settings.data.train: train_file, settings.data.test: test_file}
     return Task(
         model=model,
         calibration=batched(parts.calibration),
@@ -134,7 +139,7 @@ def load(recipe: Recipe, folder: Path) -> Task:
         ),
         facts={
             "model": settings.model,
-            **{f"sha256 {path.name}": sha256_of(path) for path in files},
+            **{f"sha256 {name}": sha256_of(path) for name, path in files.items()},
             "stored weights without use": ", ".join(unused) or "none",
             "test documents": f"{len(test)} of {len(in_test_file)}",
             "probe documents": str(len(parts.probe)),
@@ -169,9 +174,9 @@ class Evaluation:
     slices: dict[str, NDArray[np.bool_]]
 
     def __call__(self, model: nn.Module) -> Samples:
-        """Per test document, in file order. Embeddings that are not finite give values that are no numbers."""
+        """Per test document, in file order; NaN where the model's embedding is not finite."""
         found = embed(model, self.batches, "embedding the test documents")
-        cosine = (found.double() * self.reference.double()).sum(dim=1).numpy()[self.order]
+        cosine = cosine_similarity(found.double(), self.reference.double()).numpy()[self.order]
         embeddings = found.numpy()[self.order]
         finite = np.isfinite(embeddings).all(axis=1)
         accuracy = np.full(len(self.labels), np.nan)
@@ -246,10 +251,8 @@ def fit(embeddings: Float[Tensor, "documents features"], documents: Sequence[Doc
 
 
 def _need_packages() -> None:
-    try:
-        import sklearn  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"the task sentence-embedding needs {error.name}: pip install 'recoup[demo]'", name=error.name
-        ) from None
+    for package in ("sklearn", "transformers"):
+        if find_spec(package) is None:
+            raise ImportError(
+                f"the task sentence-embedding needs {package}: pip install 'recoup[demo]'", name=package
+            )

@@ -1,7 +1,7 @@
 """What a task gives to a run, and how a model is asked without leaving a trace on it."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -39,7 +39,7 @@ class Task:
 
 
 @contextmanager
-def asking(model: nn.Module) -> Iterator[torch.device]:
+def asking(model: nn.Module) -> Generator[torch.device]:
     """Eval and inference mode inside; every training flag as it was after. Gives the model's device.
 
     A module without parameters and buffers (one that runs an exported file) is on the CPU.

@@ -1,13 +1,14 @@
 """The only room that steps an optimizer on the task."""
 
-from recoup.train.finite import NonFiniteLoss
+from recoup.train.finite import NonFiniteLossError
 from recoup.train.losses import LOSSES
+from recoup.train.objective import float_copy
 from recoup.train.param_groups import check_scales_are_trained, param_groups
-from recoup.train.train import float_copy, train, warmup_cosine
+from recoup.train.train import train, warmup_cosine
 
 __all__ = [
     "LOSSES",
-    "NonFiniteLoss",
+    "NonFiniteLossError",
     "check_scales_are_trained",
     "float_copy",
     "param_groups",

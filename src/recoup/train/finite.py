@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from recoup.nn import Batch, call
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(RuntimeError):
     """Training met a loss or gradient that is not finite; the message names the first module with one."""
 
 

@@ -11,7 +11,7 @@ from recoup.nn import FakeQuantizer
 def param_groups(
     model: nn.Module, lr: float, scale_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The groups for an optimizer: weights with decay, biases and norms without, learned scales by themselves.
+    """The groups for an optimizer: weights with decay, biases and norms without, learned scales apart.
 
     Args:
         model: prepared.

@@ -226,7 +226,7 @@ class Gate:
             )
         if len(old) != len(new):
             raise ValueError(
-                f"metric {self.metric!r} has {len(old)} samples for the baseline, {len(new)} for the candidate; "
+                f"metric {self.metric!r}: {len(old)} samples for the baseline, {len(new)} for the candidate; "
                 "measure both on the same inputs"
             )
         return np.stack([old, new], axis=1)
@@ -286,16 +286,24 @@ def _resampled_means(pair: Values) -> Values:
     """(resamples, 2): the means of both columns over sample indices drawn once for both."""
     groups = min(len(pair), _GROUPS)
     starts = np.arange(groups) * len(pair) // groups
-    sums = np.add.reduceat(np.column_stack([pair, np.ones(len(pair))]), starts, axis=0)  # and group sizes
+    # The change, not the candidate: where nothing changed, its sums are 0 in any order of summation.
+    columns = np.column_stack([pair[:, 0], pair[:, 1] - pair[:, 0], np.ones(len(pair))])
+    sums = np.add.reduceat(columns, starts, axis=0)
     draw = np.random.default_rng(0)
     rows = max(1, 2**20 // groups)  # resamples at a time: 24 MB of them
     totals = np.concatenate(
-        [
-            sums[draw.integers(groups, size=(min(rows, _RESAMPLES - start), groups))].sum(axis=1)
-            for start in range(0, _RESAMPLES, rows)
-        ]
+        [_counts(draw, min(rows, _RESAMPLES - start), groups) @ sums for start in range(0, _RESAMPLES, rows)]
     )
-    return totals[:, :2] / totals[:, 2:]
+    old, change = (totals[:, :2] / totals[:, 2:]).T
+    return np.stack([old, old + change], axis=1)
+
+
+def _counts(draw: np.random.Generator, resamples: int, groups: int) -> Values:
+    """(resamples, groups): how often each group is in each resample."""
+    drawn = draw.integers(groups, size=(resamples, groups), dtype=np.int32)
+    places = drawn + groups * np.arange(resamples, dtype=np.int32)[:, None]
+    counts = np.bincount(places.ravel(), minlength=resamples * groups)
+    return counts.reshape(resamples, groups).astype(np.float64)
 
 
 def _more_samples(samples: int, side: float, unseen: float, margin: float) -> int | None:

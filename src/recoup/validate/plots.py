@@ -110,16 +110,17 @@ def layer_errors(errors: dict[str, dict[str, float]]) -> str | None:
                 color=_SERIES[number % len(_SERIES)],
                 label=rung,
             )
-        for module, row in rows.items():  # from the best rung to the worst
-            values = [e[module] for e in errors.values() if _positive(e.get(module, 0.0))]
-            if values:
-                axes.plot([min(values), max(values)], [row, row], color=_LINE, linewidth=1.6, zorder=1)
+        found = {row: [e[m] for e in errors.values() if _positive(e.get(m, 0.0))] for m, row in rows.items()}
+        spans = [(row, min(values), max(values)) for row, values in found.items() if values]
+        if spans:  # from the best rung to the worst
+            axes.hlines(*zip(*spans, strict=True), color=_LINE, linewidth=1.6, zorder=1)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
         axes.xaxis.set_minor_formatter(lambda x, _: f"{100 * x:g} %" if _leads_with(x, (2, 5)) else "")
         axes.tick_params(axis="x", which="both", top=False, labeltop=len(modules) > 30)
         axes.set_yticks(range(len(modules)), [m.removeprefix(prefix) for m in modules], fontsize=7.5)
         axes.grid(axis="y", linewidth=0.3)
+        axes.grid(axis="x", which="both", linewidth=0.3)
         axes.set_ylim(len(modules) - 0.4, -0.6)
         axes.set_xlabel("relative output error" + (f", modules below {prefix.rstrip('.')}" if prefix else ""))
         page.figure.legend(loc="outside upper right", ncols=len(errors))
@@ -161,8 +162,8 @@ def trade(
             finite = {name: value for name, value in rungs.items() if math.isfinite(value)}
             for colour, value in zip(cycle(_SERIES), finite.values(), strict=False):
                 axes.plot(artefact_x, value, marker="_", markersize=17, markeredgewidth=2, color=colour)
-            for name, x, colour in (("float", float_x, _INK), ("artefact", artefact_x, _SERIES[0])):
-                axes.plot(x, quality[name], marker="o", markersize=8, color=colour, markeredgecolor=_SURFACE)
+            for name, x in (("float", float_x), ("artefact", artefact_x)):
+                axes.plot(x, quality[name], marker="o", markersize=8, color=_INK, markeredgecolor=_SURFACE)
             _label(axes, artefact_x, finite | {"exported file": quality["artefact"]}, 12)
             _label(axes, float_x, {"float": quality["float"]}, 8)
             axes.set_xlabel(label)

@@ -10,7 +10,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from markupsafe import Markup
 
@@ -130,9 +130,12 @@ def headline(report: Report) -> str:
     if report.artefact and report.artefact.outcome == report.outcome == "failed":
         return f"{report.rung} passed, but the exported file does not: do not ship it."
     if report.outcome == "undecided":
-        more = [v.more_samples for r in _measured(report) for v in r.verdicts if v.more_samples]
-        asked = f"about {max(more):,} more samples would decide" if more else "per-sample values are needed"
-        return f"Too few samples to say whether the limits are kept: {asked}."
+        rung = next((r for r in reversed(_measured(report)) if r.outcome == "undecided"), None)
+        open_ = [v for v in rung.verdicts if v.outcome == "undecided"] if rung else []
+        if rung is None or not open_:
+            return "No gate could be decided."
+        hardest = max(open_, key=lambda verdict: verdict.more_samples or 0)
+        return f"It is not certain that {rung.name} keeps its limits ({hardest.gate}): {hardest.reason}."
     return f"No rung keeps every gate within its limit (tried: {attempts}): do not quantize it this way."
 
 
@@ -163,8 +166,9 @@ def _trade(report: Report) -> str | None:
     if metric is None or metric not in artefact.metrics or metric not in report.baseline:
         return None
     limit = next((v.baseline + (v.limit if v.direction == "increase" else -v.limit) for v in whole), None)
+    better = {"increase": ", lower is better", "decrease": ", higher is better"}
     return plots.trade(
-        metric,
+        metric + (better[whole[0].direction] if whole else ""),
         {"float": report.baseline[metric], "artefact": artefact.metrics[metric]},
         {rung.name: rung.metrics[metric] for rung in report.rungs if metric in rung.metrics},
         {
@@ -239,7 +243,14 @@ def _render(template: str, report: Report, pictures: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters.update(figure=figure, size=size, duration=duration, cell=_cell, interval=interval_picture)
+    filters = {
+        "figure": figure,
+        "size": size,
+        "duration": duration,
+        "cell": _cell,
+        "interval": interval_picture,
+    }
+    page.filters.update(cast(Any, filters))  # jinja2 types the table by the filters it comes with
     return page.get_template(template).render(
         report=report,
         measured=_measured(report),

@@ -1,0 +1,1 @@
+"""Runs an artefact where it ships. Knows files, not our modules."""

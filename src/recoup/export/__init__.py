@@ -1,0 +1,6 @@
+"""Writes files, and reads them back: what ships is what was trained."""
+
+from recoup.export.export import TARGETS, export, preflight, target_named
+from recoup.export.parity import Parity, ParityError
+
+__all__ = ["TARGETS", "Parity", "ParityError", "export", "preflight", "target_named"]

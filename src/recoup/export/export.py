@@ -1,0 +1,215 @@
+"""The verb: convert, write, read back, and only then put the folder where it was asked for."""
+
+import copy
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recoup.convert import convert
+from recoup.export.parity import Parity
+from recoup.nn import CODED_MODULES, Batch, FakeQuantizer, quant_type
+from recoup.schemes import Plan, Scheme
+
+PARITY_FILE = "parity.json"
+_PROCESSOR_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*preprocessor_config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a target can do. Its functions import their libraries themselves: an unused target costs nothing.
+
+    Args:
+        check: (path, scheme, type of the converted module); raises ValueError for what the engine cannot run.
+        write: (converted or float model, folder, example).
+        verify: (converted model, folder, example); raises ParityError.
+        load: folder -> a module that is called like the model and runs in the engine.
+    """
+
+    check: Callable[[str, Scheme, type], None]
+    write: Callable[[nn.Module, Path, Batch], None]
+    verify: Callable[[nn.Module, Path, Batch], Parity]
+    load: Callable[[Path], nn.Module]
+
+
+def _onnx_check(path: str, scheme: Scheme, kind: type) -> None:
+    from recoup.export import onnx_nodes
+
+    onnx_nodes.check(path, scheme, kind)
+
+
+def _onnx_write(model: nn.Module, folder: Path, example: Batch) -> None:
+    from recoup.export import onnx
+
+    onnx.write(model, folder, example)
+
+
+def _onnx_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
+    from recoup.export import onnx_parity
+
+    return onnx_parity.verify(model, folder, example)
+
+
+def _onnx_load(folder: Path) -> nn.Module:
+    from recoup.engines.onnxruntime import OnnxModel
+
+    return OnnxModel(folder)
+
+
+TARGETS: dict[str, Target] = {
+    "onnx": Target(check=_onnx_check, write=_onnx_write, verify=_onnx_verify, load=_onnx_load),
+}
+
+
+def target_named(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    if name not in TARGETS:
+        nearest = get_close_matches(name, TARGETS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"this version writes {', '.join(TARGETS)}"
+        raise ValueError(f"no export target {name!r}; {hint}")
+    return TARGETS[name]
+
+
+def preflight(model: nn.Module, plan: Plan, target: str) -> None:
+    """Can the target's engine run this plan? Asked before any calibration or training.
+
+    Args:
+        model: float, as `resolve` saw it.
+        plan: from `resolve`.
+        target: a key of `TARGETS`.
+
+    Raises:
+        ValueError: no such target, or a module whose scheme the engine cannot run; names both.
+        ImportError: the target's libraries are not installed; names the extra.
+    """
+    check = target_named(target).check
+    try:
+        for path in plan.modules:
+            prepared = quant_type(model.get_submodule(path))
+            assert prepared is not None
+            check(path, plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
+    except ImportError as error:
+        raise ImportError(f"the {target} target needs {error.name}: pip install 'recoup[{target}]'") from None
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    target: str,
+    *,
+    processor: Any = None,
+    example: Batch | None = None,
+) -> Parity:
+    """Write a prepared (or converted) model for an engine, and prove that it is what was trained.
+
+    The artefact is written beside `folder`, read back from its bytes, run in the engine and compared;
+    then it gets its name. Never changes the model: a prepared one can be trained on afterwards.
+
+    Args:
+        model: prepared and calibrated, or converted.
+        folder: must not exist, or be empty.
+        target: "onnx".
+        processor: a tokenizer or image processor to `save_pretrained` into the folder; by default copied
+            from the model's own folder where it has one.
+        example: one batch, to trace and compare with; by default the first that `calibrate` saw, or the
+            `dummy_inputs` of a transformers model.
+
+    Returns:
+        What was compared, and how close it is; also in the folder, as parity.json.
+
+    Raises:
+        ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
+        ParityError: the artefact is not what was trained. Nothing is left behind.
+    """
+    writer = target_named(target)
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not empty; choose another folder, or remove it")
+    example = _on_cpu(_example(model) if example is None else example)
+    with torch.no_grad():
+        coded = _converted_copy(model)
+    for path, module in coded.named_modules():
+        if type(module) in CODED_MODULES.values():
+            writer.check(path, module.scheme, type(module))  # pyright: ignore[reportArgumentType]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        unproven = Path(temporary) / "artefact"
+        unproven.mkdir()
+        writer.write(coded, unproven, example)
+        parity = writer.verify(coded, unproven, example)
+        _add_processor(model, unproven, processor)
+        (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        unproven.rename(folder)
+    return parity
+
+
+def _converted_copy(model: nn.Module) -> nn.Module:
+    """A converted model that shares every float Parameter with this one, on the CPU and in eval mode."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    duplicate = copy.deepcopy(model, shared).eval()
+    prepared = any(isinstance(module, FakeQuantizer) for module in duplicate.modules())
+    converted = any(type(module) in CODED_MODULES.values() for module in duplicate.modules())
+    if not converted or (prepared and any(type(m) in CODED_MODULES for m in duplicate.modules())):
+        duplicate = convert(duplicate)
+    if any(tensor.device.type != "cpu" for tensor in (*duplicate.parameters(), *duplicate.buffers())):
+        duplicate = copy.deepcopy(duplicate).cpu()
+    return duplicate
+
+
+def _example(model: nn.Module) -> Batch:
+    for name in ("recoup_example", "dummy_inputs"):
+        example = getattr(model, name, None)
+        if example is not None:
+            return example
+    raise ValueError(
+        "export traces the model with a batch and has none; pass example=batch, or calibrate first"
+    )
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    def move(value: Any) -> Any:
+        return value.detach().cpu() if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Tensor):
+        return move(batch)
+    return {k: move(v) for k, v in batch.items()} if hasattr(batch, "items") else tuple(map(move, batch))  # pyright: ignore
+
+
+def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:
+    """What turns a user's data into the model's inputs belongs to the artefact."""
+    if processor is not None:
+        processor.save_pretrained(folder)
+        return
+    config = getattr(model, "config", None)
+    if config is None:
+        return  # no transformers model: it has no processor
+    source = Path(str(getattr(config, "_name_or_path", "") or ""))
+    files = (
+        [file for pattern in _PROCESSOR_FILES for file in sorted(source.glob(pattern))]
+        if source.is_dir()
+        else []
+    )
+    for file in [*files, *source.glob("config.json")] if files else []:
+        shutil.copy2(file, folder)
+    if not files:
+        warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=3)

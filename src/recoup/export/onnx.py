@@ -1,0 +1,189 @@
+"""ONNX for onnxruntime: a converted model becomes model.onnx with integer initializers.
+
+torch.onnx traces the model with every quantized module closed, as one node that knows only its name; the
+nodes of its lattice (`onnx_nodes.py`) are put in its place afterwards. So nothing between the trained
+codes and the file can fold, reorder or round them.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recoup.nn import Batch, CodedEmbedding, CodedLinear, call, size_of
+
+OPSET = 21
+FILE = "model.onnx"
+OUTPUTS, MODULES = "recoup.outputs", "recoup.modules"  # keys of the file's metadata
+_CLOSED = "QuantizedModule"
+_LARGEST_SINGLE_FILE = 2**31 - 2**20  # protobuf's limit, with room for the graph
+
+
+def write(model: nn.Module, folder: Path, example: Batch) -> None:
+    """Write `model` as folder/model.onnx; a float model is written as it is.
+
+    Batch size and the lengths of token sequences stay free wherever the model itself leaves them free.
+    The file's metadata names the outputs, and the input and output value of every quantized module.
+
+    Args:
+        model: converted, or float. Its mode is set to eval for the tracing, and put back.
+        folder: exists.
+        example: one batch, to trace with; its first two samples are enough.
+
+    Raises:
+        ValueError: the model returns something other than tensors.
+        ImportError: the extra is not installed.
+    """
+    try:
+        import onnx_ir as ir
+
+        from recoup.export import onnx_nodes
+    except ImportError as error:
+        raise ImportError(f"the onnx target needs {error.name}: pip install 'recoup[onnx]'") from None
+
+    example = _first_two(example)
+    outputs = output_names(model, example)
+    with _closed(model) as coded:
+        program = _trace(model, example, outputs)
+    lowering = {CodedLinear: onnx_nodes.linear, CodedEmbedding: onnx_nodes.embedding}
+    graph, values = program.model.graph, dict[str, dict[str, str]]()
+    for node in [node for node in graph if node.op_type == _CLOSED]:
+        path = node.attributes["path"].as_string()
+        nodes = onnx_nodes.Graph(path)
+        closed_input, closed_output = node.inputs[0], node.outputs[0]
+        assert closed_input is not None
+        output = lowering[type(coded[path])](nodes, coded[path], closed_input)  # pyright: ignore[reportArgumentType]
+        output.dtype, output.shape = closed_output.dtype, closed_output.shape
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], list(nodes.tape.nodes), [closed_output], [output]
+        )
+        for initializer in nodes.tape.initializers:
+            graph.register_initializer(initializer)
+        values[path] = {"input": str(closed_input.name), "output": str(output.name)}
+    program.model.opset_imports[onnx_nodes.MICROSOFT] = 1
+    program.model.opset_imports.pop("recoup", None)
+    program.model.metadata_props[OUTPUTS] = json.dumps(outputs)
+    program.model.metadata_props[MODULES] = json.dumps(values)
+    size = sum(
+        value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None
+    )
+    ir.save(
+        program.model, folder / FILE, external_data=f"{FILE}.data" if size > _LARGEST_SINGLE_FILE else None
+    )
+
+
+@torch.no_grad()
+def output_names(model: nn.Module, example: Batch) -> list[str]:
+    """The names of a model's outputs; [""] for a model that returns one bare tensor.
+
+    Raises:
+        ValueError: an output is not a tensor.
+    """
+    result = call(model, example)
+    if isinstance(result, Tensor):
+        return [""]
+    named: Mapping[str, Any] = {"": result}
+    if isinstance(result, Mapping):
+        named = result
+    elif isinstance(result, (list, tuple)):
+        named = {str(index): value for index, value in enumerate(result)}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"onnx: output {name!r} is a {type(value).__name__}; a file has only tensors as outputs"
+            )
+    return list(named)
+
+
+def _trace(model: nn.Module, example: Batch, outputs: list[str]) -> Any:
+    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (_positional(example), {})
+    free = {name: _free_axes(value) for name, value in kwargs.items()} or tuple(map(_free_axes, args))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it reports every operator of torchvision that is not installed
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about its own deprecated calls
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=free,
+                opset_version=OPSET,
+                output_names=[name or "output" for name in outputs],
+                verbose=False,
+            )
+    finally:
+        log.setLevel(level)
+        for module, mode in modes.items():
+            module.training = mode
+    assert program is not None
+    return program
+
+
+class _Closed(nn.Module):
+    """One node of the traced graph; the lowering opens it."""
+
+    def __init__(self, path: str, module: CodedLinear | CodedEmbedding) -> None:
+        super().__init__()
+        self.path = path
+        self.embeds = isinstance(module, CodedEmbedding)
+        self.features = module.embedding_dim if isinstance(module, CodedEmbedding) else module.out_features
+        self.dtype = module.weight.dtype
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (callers may name it, as they do for nn.Linear)
+        shape = input.shape if self.embeds else input.shape[:-1]
+        return torch.onnx.ops.symbolic(
+            f"recoup::{_CLOSED}",
+            (input,),
+            {"path": self.path},
+            dtype=self.dtype,
+            shape=[*shape, self.features],
+        )
+
+
+@contextmanager
+def _closed(model: nn.Module) -> Generator[dict[str, CodedLinear | CodedEmbedding]]:
+    coded = {n: m for n, m in model.named_modules() if isinstance(m, (CodedLinear, CodedEmbedding))}
+    for name, module in coded.items():
+        model.set_submodule(name, _Closed(name, module))
+    try:
+        yield coded
+    finally:
+        for name, module in coded.items():
+            model.set_submodule(name, module)
+
+
+def _free_axes(value: Any) -> dict[int, Any] | None:
+    """The batch axis, and the lengths of sequences; an image's height and width are part of its model."""
+    if not isinstance(value, Tensor):
+        return None
+    axes = range(value.ndim) if value.ndim < 4 else [0]
+    return dict.fromkeys(axes, torch.export.Dim.AUTO)
+
+
+def _first_two(batch: Batch) -> Batch:
+    """Two samples: a batch of one would be traced as a constant."""
+    size = size_of(batch)
+
+    def two(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
+            return value
+        return value[:2] if size > 1 else torch.cat([value, value])
+
+    if isinstance(batch, Mapping):
+        return {name: two(value) for name, value in batch.items()}
+    return two(batch) if isinstance(batch, Tensor) else tuple(map(two, batch))
+
+
+def _positional(batch: Batch) -> tuple[Any, ...]:
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch)

@@ -1,0 +1,274 @@
+"""The nodes with which onnxruntime computes exactly the trained lattice, under its default session options.
+
+    weights        inputs              nodes
+    groups         float               MatMulNBits, accuracy_level 1: float32 products
+    groups         int8 blocks         MatMulNBits, accuracy_level 4: it quantizes its inputs itself, to int8,
+                                       amax / 127 per block, with the blocks of the weights
+    groups         int8 per token      the input's codes in plain nodes, then MatMulNBits as for float
+    per channel    float               DequantizeLinear, MatMul
+    per channel    (u)int8, any scale  the input's codes as uint8, MatMulInteger, scales
+    embedding      -                   GatherBlockQuantized
+
+Two choices are the engine's. Accuracy level 1 is written out because the default lets a session quantize
+inputs that training left in float. Integer weights and inputs are stored as uint8 with zero point 128: on
+x86 without VNNI a product of uint8 and int8 saturates in 16 bits (3 % relative error measured), while two
+uint8 are exact everywhere and as fast. Codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from recoup.nn import CodedEmbedding, CodedLinear, Codes, FakeQuantizer
+from recoup.numerics import IntFormat, QuantSpec
+from recoup.schemes import Scheme
+
+MICROSOFT = "com.microsoft"
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Graph:
+    """Nodes and initializers under construction for one module; `path` prefixes every name."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.tape = path, Tape()
+
+    def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """One node with one output."""
+        return self.tape.op(op, inputs, attributes, domain=domain)
+
+    def several(self, op: str, *inputs: ir.Value, outputs: int) -> tuple[ir.Value, ...]:
+        """One node with several outputs."""
+        return tuple(self.tape.op_multi_out(op, inputs, num_outputs=outputs))
+
+    def initializer(self, name: str, array: Array) -> ir.Value:
+        """A stored tensor, called `path.name` in the file."""
+        return self.tape.initializer(ir.tensor(array), name=f"{self.path}.{name}")
+
+
+def check(path: str, scheme: Scheme, kind: type) -> None:
+    """Can onnxruntime compute this?
+
+    Raises:
+        ValueError: it cannot; the message says what it can.
+    """
+    try:
+        if kind is CodedLinear:
+            _linear_nodes(scheme)
+        elif _weight_layout(scheme.weights) != "groups":
+            raise ValueError("embeddings need integer weights in groups")
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: scheme {scheme.name!r} does not run in onnxruntime on a CPU: {error}; "
+            "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort and their relatives do"
+        ) from None
+
+
+def container_bits(bits: int) -> int:
+    """The width a code takes in the file: MatMulNBits knows 2, 4 and 8.
+
+    >>> [container_bits(bits) for bits in range(2, 9)]
+    [2, 4, 4, 8, 8, 8, 8]
+    """
+    return next(width for width in (2, 4, 8) if bits <= width)
+
+
+def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+    """The nodes of a linear layer, from its input to its output."""
+    y = _linear_nodes(module.scheme)(g, module, x)
+    if module.bias is None:
+        return y
+    return g("Add", y, g.initializer("bias", module.bias.detach().float().cpu().numpy()))
+
+
+def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
+    """The nodes of an embedding, from ids to vectors."""
+    packed = _pack(module.weight)
+    return g(
+        "GatherBlockQuantized",
+        g.initializer("codes", packed.codes),
+        ids,
+        g.initializer("scale", packed.scale),
+        None if packed.zero_point is None else g.initializer("zero_point", packed.zero_point),
+        domain=MICROSOFT,
+        bits=packed.bits,
+        block_size=packed.group,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+
+
+LinearNodes = Callable[[Graph, CodedLinear, ir.Value], ir.Value]
+
+
+def _linear_nodes(scheme: Scheme) -> LinearNodes:
+    layouts = (_weight_layout(scheme.weights), _input_layout(scheme))
+    if layouts not in _LINEAR:
+        raise ValueError(f"weights in {layouts[0]} do not go with inputs {layouts[1]}")
+    return _LINEAR[layouts]
+
+
+def _weight_layout(spec: QuantSpec) -> str:
+    if not isinstance(spec.format, IntFormat):
+        raise ValueError(f"{spec.format.name} weights have no kernel there")
+    match (spec.granularity.rows, spec.granularity.columns):
+        case (1, None) if spec.symmetric and spec.format.signed:
+            return "channels"
+        case (1, int(group)) if group >= 16 and group & (group - 1) == 0:
+            return "groups"
+        case _:
+            raise ValueError(
+                f"weights per {spec.granularity} have no kernel there: symmetric per channel, "
+                "or groups of a power of two from 16 up"
+            )
+
+
+def _input_layout(scheme: Scheme) -> str:
+    spec = scheme.inputs
+    if spec is None:
+        return "in float"
+    if not (isinstance(spec.format, IntFormat) and spec.format.bits == 8):
+        raise ValueError(f"{spec.format.name} inputs have no kernel there")
+    symmetric = spec.format.signed and spec.scale_rule == "narrow"
+    match (spec.granularity.rows, spec.granularity.columns, spec.ranges):
+        case (1, None, "dynamic") if symmetric:
+            return "per token"
+        case (1, int(group), "dynamic") if symmetric and group == scheme.weights.granularity.columns:
+            return "in the weights' blocks"
+        case (None, None, "dynamic") if not spec.symmetric and not spec.format.signed:
+            return "per tensor"
+        case (None, None, "static" | "learned"):
+            return "per tensor, static"
+        case _:
+            raise ValueError(f"inputs {spec} ({spec.scale_rule}) have no kernel there")
+
+
+def _matmul_nbits(accuracy_level: int) -> LinearNodes:
+    def nodes(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+        packed = _pack(module.weight)
+        blocks = packed.codes.reshape(module.out_features, packed.scale.shape[1], -1)
+        zero_point = None if packed.zero_point is None else packed.zero_point.reshape(-1)
+        return g(
+            "MatMulNBits",
+            x,
+            g.initializer("codes", blocks),
+            g.initializer("scale", packed.scale.reshape(-1)),
+            None if zero_point is None else g.initializer("zero_point", zero_point),
+            domain=MICROSOFT,
+            K=module.in_features,
+            N=module.out_features,
+            bits=packed.bits,
+            block_size=packed.group,
+            accuracy_level=accuracy_level,
+        )
+
+    return nodes
+
+
+def _token_codes_then_nbits(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+    codes, scale = _codes_per_token(g, x)
+    return _matmul_nbits(1)(g, module, g("Mul", codes, scale))
+
+
+def _dequantized_weight(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+    codes = g.initializer("codes", _codes(module.weight).T.copy())
+    scale = g.initializer("scale", module.weight.scale.cpu().numpy().reshape(-1))
+    return g("MatMul", x, g("DequantizeLinear", codes, scale, axis=1))
+
+
+def _integer_product(
+    g: Graph, module: CodedLinear, x: ir.Value, zero_point: ir.Value, scale: ir.Value
+) -> ir.Value:
+    codes = g.initializer("codes", (_codes(module.weight).T.astype(np.int16) + 128).astype(np.uint8))
+    weight_zero = g.initializer("zero_point", np.array(128, np.uint8))
+    weight_scale = g.initializer("scale", module.weight.scale.cpu().numpy().reshape(-1))
+    total = g("Cast", g("MatMulInteger", x, codes, zero_point, weight_zero), to=int(ir.DataType.FLOAT))
+    return g("Mul", total, g("Mul", scale, weight_scale))
+
+
+def _token_codes_then_integers(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+    codes, scale = _codes_per_token(g, x)
+    zero = g.initializer("input_zero_point", np.array(128, np.uint8))
+    offset = g.initializer("input_offset", np.array(128, np.float32))
+    return _integer_product(
+        g, module, g("Cast", g("Add", codes, offset), to=int(ir.DataType.UINT8)), zero, scale
+    )
+
+
+def _tensor_codes_then_integers(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+    codes, scale, zero = g.several("DynamicQuantizeLinear", x, outputs=3)
+    return _integer_product(g, module, codes, zero, scale)
+
+
+def _static_codes_then_integers(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+    quantizer = module.input_quantizer
+    assert isinstance(quantizer, FakeQuantizer)
+    qparams = quantizer.stored_qparams
+    offset = 0 if not quantizer.spec.format.lo else 128  # signed codes are stored as uint8 around 128
+    zero_point = 0 if qparams.zero_point is None else int(qparams.zero_point)
+    scale = g.initializer("input_scale", np.array(float(qparams.scale), np.float32))
+    zero = g.initializer("input_zero_point", np.array(zero_point + offset, np.uint8))
+    return _integer_product(g, module, g("QuantizeLinear", x, scale, zero), zero, scale)
+
+
+def _codes_per_token(g: Graph, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Int8 codes, as floats, and scales of every token: amax / 127, or 1 for a token of zeros."""
+    axis = g.initializer("input_axis", np.array([-1], np.int64))
+    amax = g("ReduceMax", g("Abs", x), axis, keepdims=1)
+    scale = g("Div", amax, g.initializer("input_hi", np.array(127, np.float32)))
+    zero = g.initializer("input_zero", np.array(0, np.float32))
+    one = g.initializer("input_one", np.array(1, np.float32))
+    scale = g("Where", g("Equal", scale, zero), one, scale)
+    return g("Round", g("Div", x, scale)), scale
+
+
+_LINEAR: dict[tuple[str, str], LinearNodes] = {
+    ("groups", "in float"): _matmul_nbits(1),
+    ("groups", "in the weights' blocks"): _matmul_nbits(4),
+    ("groups", "per token"): _token_codes_then_nbits,
+    ("channels", "in float"): _dequantized_weight,
+    ("channels", "per token"): _token_codes_then_integers,
+    ("channels", "per tensor"): _tensor_codes_then_integers,
+    ("channels", "per tensor, static"): _static_codes_then_integers,
+}
+
+
+class _Packed(NamedTuple):
+    """A weight in groups as the com.microsoft operators store it: rows of bytes, the first code lowest."""
+
+    bits: int
+    group: int
+    codes: Array  # uint8 (rows, columns * bits / 8)
+    scale: Array  # float32 (rows, columns / group)
+    zero_point: Array | None  # uint8 (rows, ceil(columns / group * bits / 8)); absent it is 2^(bits - 1)
+
+
+def _pack(weight: Codes) -> _Packed:
+    bits = container_bits(weight.spec.format.bits)
+    offset = 2 ** (bits - 1) if weight.spec.format.lo else 0  # signed codes are stored around the middle
+    group = weight.spec.granularity.columns
+    assert group is not None
+    zero_point = None
+    if weight.zero_point is not None:
+        zero_point = _pack_rows(weight.zero_point.cpu().numpy() + offset, bits)
+    return _Packed(
+        bits=bits,
+        group=group,
+        codes=_pack_rows(_codes(weight).astype(np.int16) + offset, bits),
+        scale=weight.scale.cpu().numpy(),
+        zero_point=zero_point,
+    )
+
+
+def _pack_rows(values: Array, bits: int) -> Array:
+    per_byte = 8 // bits
+    values = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte))).astype(np.uint8)
+    lanes = values.reshape(len(values), -1, per_byte) << (bits * np.arange(per_byte, dtype=np.uint8))
+    return np.bitwise_or.reduce(lanes, axis=2)
+
+
+def _codes(weight: Codes) -> Array:
+    return weight.codes.cpu().numpy()

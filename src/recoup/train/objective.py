@@ -1,0 +1,68 @@
+"""The objective of a batch: what the student returns, what the teacher returns, and their distance."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recoup.nn import Batch, FakeQuantizer, call
+from recoup.schemes.recipe import TrainSettings
+from recoup.train.losses import build_loss, needs_teacher
+
+
+class Objective:
+    """Calls the student, and the teacher where the loss needs one, and compares them.
+
+    Args:
+        settings: loss, temperature and precision.
+        teacher: the float model; used only if the loss needs it.
+        device: where student and teacher run.
+        first: one batch, to see what the teacher returns.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, teacher: nn.Module, device: torch.device, first: Batch
+    ) -> None:
+        self.device = device
+        self.bf16 = settings.precision == "bf16"
+        self.teacher = None
+        if needs_teacher(settings.loss):
+            self.teacher = teacher.to(device).eval().requires_grad_(False)
+        self.loss = build_loss(settings.loss, settings.temperature, self._taught(self._to_device(first)))
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
+        """The loss of one batch, a scalar with a gradient."""
+        batch = self._to_device(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.loss(call(student, batch), self._taught(batch), batch)
+
+    @torch.no_grad()
+    def mean(self, student: nn.Module, batches: Sequence[Batch]) -> float:
+        """The mean loss of batches that nobody trains on, in eval mode; infinity where it is not finite."""
+        modes = {module: module.training for module in student.modules()}
+        student.eval()
+        value = sum(float(self(student, batch)) for batch in batches) / len(batches)
+        for module, mode in modes.items():
+            module.training = mode
+        return value if math.isfinite(value) else math.inf
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Any:
+        return None if self.teacher is None else call(self.teacher, batch)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        from accelerate.utils import send_to_device
+
+        return send_to_device(batch, self.device)
+
+
+def float_copy(model: nn.Module) -> nn.Module:
+    """A prepared model's float self, as a model of its own: the teacher."""
+    teacher = copy.deepcopy(model)
+    for module in teacher.modules():
+        if isinstance(module, FakeQuantizer):
+            module.enabled = False
+    return teacher

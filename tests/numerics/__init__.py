@@ -1,0 +1,1 @@
+"""What a number is, held against oracles that nobody here wrote."""
