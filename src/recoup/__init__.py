@@ -2,19 +2,32 @@
 
 from recoup.calibrate import calibrate
 from recoup.convert import convert
+from recoup.export import export
+from recoup.ladder import Result, ptq, recover
 from recoup.numerics import QuantSpec
 from recoup.prepare import explain, prepare, resolve
 from recoup.schemes import Plan, Recipe, Rule, Scheme
+from recoup.train import param_groups, train
+from recoup.validate import Gate, Samples, Verdict
 
 __all__ = [
+    "Gate",
     "Plan",
     "QuantSpec",
     "Recipe",
+    "Result",
     "Rule",
+    "Samples",
     "Scheme",
+    "Verdict",
     "calibrate",
     "convert",
     "explain",
+    "export",
+    "param_groups",
     "prepare",
+    "ptq",
+    "recover",
     "resolve",
+    "train",
 ]

@@ -36,6 +36,9 @@ def convert(model: nn.Module) -> nn.Module:
     }
     if not coded:
         raise ValueError("nothing to convert: the model has no prepared modules; run recoup.prepare first")
+    for module, twin in coded.items():  # forward hooks may change what is computed, so they go along
+        kept = {k: v for k, v in vars(module).items() if k == "training" or k.startswith("_forward")}
+        vars(twin).update(kept)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in coded:
             model.set_submodule(name, coded[module])

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from math import prod
 
+import torch
 from torch import Tensor, nn
 
-from recoup.nn import FakeQuantizer, quant_type
+from recoup.nn import Codes, FakeQuantizer, quant_type
 from recoup.schemes import Plan, Recipe, Rule, Scheme
 
 # The last layer, by the names that libraries give it: most sensitive, and least worth quantizing.
@@ -27,7 +29,8 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
 
     In this order: the first rule that matches decides; tied parameters, heads, embeddings and norms are
     kept; every other module with a quantized form gets the recipe's scheme. A rule matches a module by
-    its name or by that of a module around it. Never changes the model.
+    its name or by that of a module around it; the model itself has no name, so its own parameters are
+    matched by theirs. Never changes the model.
 
     Args:
         model: a float model.
@@ -43,7 +46,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.model_validate({"scheme": recipe})
-    if any(isinstance(module, FakeQuantizer) for module in model.modules()):
+    if any(isinstance(module, (FakeQuantizer, Codes)) for module in model.modules()):
         raise ValueError("the model is prepared already; resolve looks at the float model")
     _every_rule_matches(model, recipe.rules)
 
@@ -52,18 +55,20 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     kept: dict[str, str] = {}
     tied = _tied(model)
     for name, module in model.named_modules():
-        decision = _decide(name, module, recipe, tied)
         for parameter, _ in module.named_parameters(recurse=False):
             path = f"{name}.{parameter}".lstrip(".")
+            decision = _decide(name or parameter, module, recipe, tied)
             if isinstance(decision, str):
                 kept[path] = decision
             elif parameter != "weight":
                 kept[path] = "bias"
-        if isinstance(decision, Scheme):
-            _fits(name, module, decision)
-            if schemes.setdefault(decision.name, decision) != decision:
-                raise ValueError(f"two different schemes are called {decision.name!r}; give them two names")
-            modules[name] = decision.name
+            else:
+                _fits(name, module, decision)
+                if schemes.setdefault(decision.name, decision) != decision:
+                    raise ValueError(
+                        f"two different schemes are called {decision.name!r}; give them two names"
+                    )
+                modules[name] = decision.name
     _nothing_large_is_left_out(model, kept)
     if not modules:
         raise ValueError(
@@ -81,10 +86,12 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
     them. To resume, prepare a fresh model and `load_state_dict` strictly.
 
     Raises:
-        ValueError: the plan names a module that the model lacks or that is prepared already, or a weight
-            is not finite; the model is then as it was.
+        ValueError: the plan names a module that the model lacks or that is prepared already, a weight is
+            not finite, or torch would run the layer around a module without asking it; the model is then as
+            it was.
     """
     modules = dict(model.named_modules())
+    _no_fast_path(modules, plan)
     twins: dict[nn.Module, nn.Module] = {}
     for name in plan.modules:
         module = modules.get(name)
@@ -139,7 +146,7 @@ class Explanation:
         total = _cells(
             Row(
                 parameter="total", shape=(), scheme="", reason="",
-                bits=32 * self.bytes_after / max(self.bytes_before, 1),
+                bits=8 * self.bytes_after / max(sum(prod(row.shape) for row in self.rows), 1),
                 bytes_before=self.bytes_before, bytes_after=self.bytes_after,
             )
         )  # fmt: skip
@@ -232,9 +239,9 @@ def _matches(rule: Rule, name: str) -> bool:
 
 def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
     owners = {
-        name: module
+        name or parameter: module
         for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
+        for parameter, _ in module.named_parameters(recurse=False)
     }
     for rule in rules:
         matched = [name for name in owners if _matches(rule, name)]
@@ -273,8 +280,8 @@ def _tied(model: nn.Module) -> dict[str, str]:
     """For every module with a weight that another module also holds, the name of one such other."""
     owners: dict[Tensor, list[str]] = {}
     for name, module in model.named_modules():
-        for _, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter, []).append(name)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name or leaf)
     shared = [names for names in owners.values() if len(names) > 1]
     return {name: next(other for other in names if other != name) for names in shared for name in names}
 
@@ -285,16 +292,31 @@ def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
     left_out = [
         f"{path} ({' x '.join(map(str, parameter.shape))}, {kept[path]})"
         for path, parameter in parameters.items()
-        if kept.get(path, "").startswith("no quantized form")
+        if kept.get(path, "").startswith(("no quantized form", "norm"))
         and parameter.ndim >= 2
         and parameter.numel() >= LARGE * total
     ]
     if left_out:
-        module = left_out[0].split(" ")[0].rpartition(".")[0]
+        path = left_out[0].split(" ")[0]
         raise ValueError(
             f"{len(left_out)} large parameters would stay in float: {'; '.join(_first(left_out, 3))}. "
-            f"Keep them knowingly with rules such as {{match: {module or '<module>'}, scheme: none}}"
+            f"Keep them knowingly with rules such as {{match: {path.rpartition('.')[0] or path}, scheme: none}}"
         )
+
+
+def _no_fast_path(modules: dict[str, nn.Module], plan: Plan) -> None:
+    """Without gradients, torch's encoder layer hands the weights of its Linears to one kernel of its own."""
+    for name, module in modules.items():
+        within = [quantized for quantized in plan.modules if quantized.startswith(f"{name}.")]
+        if (
+            isinstance(module, nn.TransformerEncoderLayer)
+            and within
+            and torch.backends.mha.get_fastpath_enabled()
+        ):
+            raise ValueError(
+                f"{name}: nn.TransformerEncoderLayer computes {within[0]} with its float weight in evaluation; "
+                "call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
 
 
 def _first(items: list[str], count: int) -> Iterator[str]:

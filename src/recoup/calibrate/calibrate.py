@@ -27,8 +27,8 @@ def calibrate(
 ) -> nn.Module:
     """Set the range of every static and learned quantizer; in place, returns the model.
 
-    Weights are observed as they are. Inputs are observed while the model runs in float on the batches;
-    when every input range is dynamic, only the first batch is looked at, to keep as the example input
+    Weights are observed as they are. Inputs are observed while the model runs in float on the batches,
+    in evaluation mode; when every input range is dynamic, only the first batch is looked at, to keep as the example input
     that exporters trace (`model.recoup_example`). Never changes a weight and never needs labels.
 
     Args:
@@ -65,7 +65,7 @@ def calibrate(
     }
     inputs = {q: o for q, o in observers.items() if q not in weights}
     if inputs:
-        with quantization_off(model), _watching(inputs):
+        with quantization_off(model), _evaluating(model), _watching(inputs):
             for batch in track(taken, "calibrating", console=Console(stderr=True), transient=True):
                 call(model, batch)
     todo = list(observers.items())
@@ -83,6 +83,18 @@ def _observer(name: str, spec: QuantSpec) -> Observer:
     if spec.ranges == "dynamic":  # its only state is the global scale, and that is the tensor's extrema
         return MinMax(replace(spec, granularity=per_tensor))
     return OBSERVERS[name](spec)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Without dropout, and without batches that move running statistics."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

@@ -1,14 +1,21 @@
 """onnxruntime: load a folder with model.onnx and run it, as users do, with the default session options."""
 
 import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recoup.nn import Batch
+
 OUTPUTS = "recoup.outputs"
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Outputs(dict[str, Tensor]):
@@ -42,13 +49,12 @@ class OnnxModel(nn.Module):
             import onnxruntime
         except ImportError:
             raise ImportError("running an ONNX file needs onnxruntime: pip install 'recoup[onnx]'") from None
-        file = Path(path) / "model.onnx" if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; expected an exported ONNX model")
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            str(model_file(path)), options, providers=["CPUExecutionProvider"]
+        )
         self.inputs = [value.name for value in self.session.get_inputs()]
         names = [value.name for value in self.session.get_outputs()]
         metadata = self.session.get_modelmeta().custom_metadata_map
@@ -72,3 +78,63 @@ class OnnxModel(nn.Module):
         if self.outputs == [""]:
             return results[0]
         return Outputs(zip(self.outputs, results, strict=True))
+
+    def feeds(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """The arguments of a call as the session takes them.
+
+        Raises:
+            ValueError: an input is missing, or is none of the file's.
+        """
+        named = dict(zip(self.inputs, args, strict=False)) | {
+            k: v for k, v in kwargs.items() if v is not None
+        }
+        if set(named) != set(self.inputs) or len(args) > len(self.inputs):
+            raise ValueError(f"the file's inputs are {', '.join(self.inputs)}; given {', '.join(named)}")
+        return {
+            name: np.ascontiguousarray(torch.as_tensor(value).cpu().numpy()) for name, value in named.items()
+        }
+
+
+def peak_bytes(folder: Path, batch: Batch) -> int:
+    """Peak resident memory of a fresh process that loads the file and runs the batch.
+
+    Raises:
+        RuntimeError: that process failed; with its last line.
+    """
+    model = OnnxModel(folder)
+    feeds = model.feeds(**batch) if isinstance(batch, Mapping) else model.feeds(*_positional(batch))
+    with tempfile.TemporaryDirectory() as temporary:
+        inputs = Path(temporary) / "inputs.npz"
+        np.savez(inputs, **cast(Any, feeds))
+        script = Path(__file__).with_name("onnxruntime_peak.py")
+        done = subprocess.run(
+            [sys.executable, str(script), str(model_file(folder)), str(inputs)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(
+            f"measuring the memory of {folder} failed: {done.stderr.strip().splitlines()[-1:]}"
+        )
+    return int(done.stdout)
+
+
+def model_file(path: str | Path) -> Path:
+    """The file itself: the path, or model.onnx in the folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    file = Path(path) / "model.onnx" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected an exported ONNX model")
+    return file
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes on disk of the model: graph and weights, without tokenizer and reports."""
+    file = model_file(folder)
+    return sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+
+
+def _positional(batch: Batch) -> tuple[Any, ...]:
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch)

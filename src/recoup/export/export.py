@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.convert import convert
+from recoup.engines import onnxruntime
 from recoup.export.parity import Parity
 from recoup.nn import CODED_MODULES, Batch, FakeQuantizer, quant_type
 from recoup.schemes import Plan, Scheme
@@ -38,12 +39,16 @@ class Target:
         write: (converted or float model, folder, example).
         verify: (converted model, folder, example); raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
+        size_bytes: folder -> bytes on disk, of the model alone.
+        peak_bytes: (folder, batch) -> peak memory of a fresh process that runs the batch.
     """
 
     check: Callable[[str, Scheme, type], None]
     write: Callable[[nn.Module, Path, Batch], None]
     verify: Callable[[nn.Module, Path, Batch], Parity]
     load: Callable[[Path], nn.Module]
+    size_bytes: Callable[[Path], int]
+    peak_bytes: Callable[[Path, Batch], int]
 
 
 def _onnx_check(path: str, scheme: Scheme, kind: type) -> None:
@@ -64,14 +69,15 @@ def _onnx_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     return onnx_parity.verify(model, folder, example)
 
 
-def _onnx_load(folder: Path) -> nn.Module:
-    from recoup.engines.onnxruntime import OnnxModel
-
-    return OnnxModel(folder)
-
-
 TARGETS: dict[str, Target] = {
-    "onnx": Target(check=_onnx_check, write=_onnx_write, verify=_onnx_verify, load=_onnx_load),
+    "onnx": Target(
+        check=_onnx_check,
+        write=_onnx_write,
+        verify=_onnx_verify,
+        load=onnxruntime.OnnxModel,
+        size_bytes=onnxruntime.size_bytes,
+        peak_bytes=onnxruntime.peak_bytes,
+    ),
 }
 
 

@@ -59,10 +59,10 @@ class QuantLinear(nn.Linear):
         Raises:
             ValueError: the weight does not fit the scheme's blocks or is not finite.
         """
-        twin = _adopt(cls, module)
+        twin = _adopt(cls, module, path)
         twin.scheme = scheme
         twin.weight_quantizer = _weight_quantizer(cls.matrix(module), scheme, path)
-        twin.input_quantizer = _input_quantizer(module.in_features, scheme, path)
+        twin.input_quantizer = _input_quantizer(module.in_features, scheme, path).to(module.weight.device)
         return twin
 
     @staticmethod
@@ -87,13 +87,16 @@ class QuantEmbedding(nn.Embedding):
         """The twin of a float module; it shares the weight. See `QuantLinear.from_float`.
 
         Raises:
-            ValueError: also for `max_norm`, which changes the weight during the forward pass.
+            ValueError: also for `max_norm`, which changes the weight during the forward pass, and for
+                sparse gradients, which rounding does not pass on.
         """
         if module.max_norm is not None:
             raise ValueError(
                 f"{path}: an embedding with max_norm rescales its weight as it runs; keep it in float"
             )
-        twin = _adopt(cls, module)
+        if module.sparse:
+            raise ValueError(f"{path}: an embedding with sparse gradients asked; build it with sparse=False")
+        twin = _adopt(cls, module, path)
         twin.scheme = scheme
         twin.weight_quantizer = _weight_quantizer(cls.matrix(module), scheme, path)
         return twin
@@ -105,7 +108,8 @@ class QuantEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        return F.embedding(input, self.weight_quantizer(self.weight), self.padding_idx, sparse=self.sparse)
+        weight = self.weight_quantizer(self.weight)
+        return F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 # Keys are names, so that a type from an optional package needs no import here.
@@ -116,25 +120,31 @@ QUANT_MODULES: dict[str, type[QuantModule]] = {
 
 
 def quant_type(module: nn.Module) -> type[QuantModule] | None:
-    """The twin's type for exactly this type of module, subclasses excluded: they may compute anything."""
+    """The twin's type for exactly this type of module, with a weight of its own.
+
+    Subclasses are excluded: they may compute anything. So are weights that are computed from other
+    parameters, as by weight_norm and pruning.
+    """
     for name, twin in QUANT_MODULES.items():
         package, _, attribute = name.rpartition(".")
         if type(module) is getattr(sys.modules.get(package), attribute, None):
-            return twin
+            return twin if isinstance(module.weight, nn.Parameter) else None
     return None
 
 
-def _adopt(cls: type[Module], module: nn.Module) -> Module:
+def _adopt(cls: type[Module], module: nn.Module, path: str) -> Module:
     """An instance of `cls` with all that `module` holds: the same Parameters, buffers, hooks and flags."""
     if "forward" in vars(module):
         raise ValueError(
-            f"{type(module).__name__}: its forward was replaced on the instance, as accelerate does for "
+            f"{path}: its forward was replaced on the instance, as accelerate does for "
             "device_map and offloading; load the model without it"
         )
     twin = cls.__new__(cls)
-    # Containers are copied, so that what the twin registers does not appear in the float module.
-    state = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
-    vars(twin).update(state)
+    vars(twin).update(vars(module))
+    # What the twin registers must not appear in the float module. Hooks stay shared: a handle taken before
+    # must still remove its hook.
+    for registered in ("_parameters", "_buffers", "_modules"):
+        vars(twin)[registered] = copy.copy(vars(module)[registered])
     return twin
 
 

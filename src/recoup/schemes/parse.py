@@ -28,8 +28,8 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
-    first = error.errors()[0]
+    """The first thing that is wrong, in one line; a misspelt key before the key that is missing for it."""
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "is-instance"))]
     place = ".".join(path) or "as a whole"
     if first["type"] == "extra_forbidden":

@@ -16,11 +16,19 @@ class Plan:
         schemes: the schemes in use, by name.
         modules: the name of the scheme of every quantized module.
         kept: the reason for every parameter that stays in float.
+
+    Raises:
+        ValueError: a module has a scheme that is not among `schemes`.
     """
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for module, name in self.modules.items():
+            if name not in self.schemes:
+                raise ValueError(f"{module}: no scheme {name!r} among the plan's: {', '.join(self.schemes)}")
 
     def __getitem__(self, module: str) -> Scheme:
         return self.schemes[self.modules[module]]

@@ -199,7 +199,8 @@ class Recipe(_Section):
         except yaml.YAMLError as error:
             where = getattr(error, "problem_mark", None)
             line = f" line {where.line + 1}" if where else ""
-            raise ValueError(f"{path}:{line} not YAML: {getattr(error, 'problem', error)}") from None
+            problem = " ".join(str(getattr(error, "problem", error)).split())
+            raise ValueError(f"{path}:{line} not YAML: {problem}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
         return parse(cls, data, str(path))

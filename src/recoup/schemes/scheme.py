@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from recoup.numerics import QuantSpec
+from recoup.numerics import FLOAT32, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class Scheme:
             )
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
-        """Stored bits per weight of a (rows, columns) view, scales and zero points included."""
+        """Stored bits per weight of a (rows, columns) view, all scales and zero points included."""
         per_scale = self.weights.granularity.elements_per_scale(rows, columns)
-        return self.weights.format.bits + self.weights.bits_per_scale / per_scale
+        per_tensor = FLOAT32.bits * self.weights.global_scale
+        return (
+            self.weights.format.bits + self.weights.bits_per_scale / per_scale + per_tensor / (rows * columns)
+        )

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
+from torch import nn
+
 from recoup.schemes import Recipe
 from recoup.tasks import custom, sentence_embedding
 from recoup.tasks.task import Batch, Task
@@ -13,7 +15,12 @@ TASKS: dict[str, Callable[[Recipe, Path], Task]] = {
     "custom": custom.load,
 }
 
-__all__ = ["TASKS", "Batch", "Task", "load"]
+MODELS: dict[str, Callable[[Recipe, Path], nn.Module]] = {
+    "sentence-embedding": sentence_embedding.load_model,
+    "custom": lambda recipe, folder: custom.load(recipe, folder).model,
+}
+
+__all__ = ["MODELS", "TASKS", "Batch", "Task", "load", "load_model"]
 
 
 def load(recipe: Recipe, folder: Path = Path()) -> Task:
@@ -28,6 +35,15 @@ def load(recipe: Recipe, folder: Path = Path()) -> Task:
         OSError: a file that is not there.
         ImportError: a package of the task is not installed; the message names the pip extra.
     """
+    return TASKS[_name(recipe)](recipe, folder)
+
+
+def load_model(recipe: Recipe, folder: Path = Path()) -> nn.Module:
+    """The float model alone: all that a dry run needs. See `load`."""
+    return MODELS[_name(recipe)](recipe, folder)
+
+
+def _name(recipe: Recipe) -> str:
     if recipe.task is None:
         raise ValueError(
             f"the recipe has no task; write task: {{name: ...}} with one of {', '.join(TASKS)}, "
@@ -38,4 +54,4 @@ def load(recipe: Recipe, folder: Path = Path()) -> Task:
         nearest = get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(TASKS)}"
         raise ValueError(f"task.name: no task {name!r}; {hint}")
-    return TASKS[name](recipe, folder)
+    return name

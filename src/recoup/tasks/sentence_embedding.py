@@ -125,18 +125,20 @@ def load(recipe: Recipe, folder: Path) -> Task:
     is_rare = np.array([document.label in rare for document in test])
     files = {path.name: path for path in files_of(source)}
     files |= {settings.data.train: train_file, settings.data.test: test_file}
+    evaluate = Evaluation(
+        batches=test_batches,
+        order=np.argsort(shortest_first),
+        reference=reference,
+        predict=probe.predict,
+        labels=np.array([document.label for document in test]),
+        slices={"rare-labels": is_rare} if rare else {},
+    )
     return Task(
         model=model,
         calibration=batched(parts.calibration),
         train=batched(parts.train),
-        evaluate=Evaluation(
-            batches=test_batches,
-            order=np.argsort(shortest_first),
-            reference=reference,
-            predict=probe.predict,
-            labels=np.array([document.label for document in test]),
-            slices={"rare-labels": is_rare} if rare else {},
-        ),
+        evaluate=evaluate,
+        baseline=evaluate.of(reference),
         facts={
             "model": settings.model,
             **{f"sha256 {name}": sha256_of(path) for name, path in files.items()},
@@ -151,6 +153,16 @@ def load(recipe: Recipe, folder: Path) -> Task:
             "test labels unknown to the probe": ", ".join(sorted(set(shares) - labels)) or "none",
         },
     )
+
+
+def load_model(recipe: Recipe, folder: Path) -> nn.Module:
+    """The float model of a recipe, without data. Raises as `load` does."""
+    assert recipe.task is not None
+    settings = parse(Settings, recipe.task.settings, "task")
+    _need_packages()
+    source = model_folder(settings.model, folder)
+    check(source)
+    return load_encoder(source)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +187,10 @@ class Evaluation:
 
     def __call__(self, model: nn.Module) -> Samples:
         """Per test document, in file order; NaN where the model's embedding is not finite."""
-        found = embed(model, self.batches, "embedding the test documents")
+        return self.of(embed(model, self.batches, "embedding the test documents"))
+
+    def of(self, found: Float[Tensor, "documents features"]) -> Samples:
+        """The same for embeddings that are there already, in the order of the batches."""
         cosine = cosine_similarity(found.double(), self.reference.double()).numpy()[self.order]
         embeddings = found.numpy()[self.order]
         finite = np.isfinite(embeddings).all(axis=1)

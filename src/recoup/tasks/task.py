@@ -28,6 +28,7 @@ class Task:
         calibration: batches that hold exactly `recipe.calibration.samples` samples together.
         train: batches in the order of training.
         evaluate: calls `model(**batch)` on fixed inputs; the same inputs and order for every model.
+        baseline: what `evaluate(model)` gives, where loading has measured it already.
         facts: what a report needs to say which model and data these were: sha256 of the files, counts.
     """
 
@@ -36,6 +37,7 @@ class Task:
     train: Sequence[Batch]
     evaluate: Callable[[nn.Module], Samples]
     facts: dict[str, str]
+    baseline: Samples | None = None
 
 
 @contextmanager

@@ -89,11 +89,11 @@ def train(
         with _progress(accelerator.is_main_process) as progress:
             bar = progress.add_task("training", total=settings.steps)
             for step in range(1, settings.steps + 1):
-                learning_rate = schedule.get_last_lr()[0]
+                learning_rate = float(schedule.get_last_lr()[0])
                 loss = step_once(step)
                 schedule.step()
                 look = step % settings.evaluate_every == 0 or step == settings.steps
-                seen = best.look(step) if look else {}
+                seen: dict[str, float] = best.look(step) if look else {}
                 record({"step": step, "loss": loss, "learning_rate": learning_rate, **seen})
                 progress.update(bar, advance=1, description=f"training, loss {loss:.4g}")
         best.restore()
@@ -151,7 +151,7 @@ def _delayed(model: nn.Module, delayed: bool) -> Any:
 
 
 def _finite(value: Tensor, step: int, model: nn.Module, batch: Batch) -> float:
-    number = float(value)
+    number = float(value.detach())
     if not math.isfinite(number):
         culprit = first_nonfinite_module(model, batch)
         raise NonFiniteLossError(f"step {step}: the loss or its gradient is {number}; first in {culprit}")

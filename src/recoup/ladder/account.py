@@ -1,0 +1,63 @@
+"""What a run says of itself: notes for the reader of the report, and run.json for programs."""
+
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Any
+
+from recoup.ladder.climb import rung_json
+from recoup.prepare import Explanation
+from recoup.validate import Cost, Report
+
+
+def notes_of(account: Explanation, costs: tuple[Cost | None, Cost | None]) -> list[str]:
+    """What a reader should know beside the figures."""
+    kept: dict[str, int] = defaultdict(int)
+    for row in account.rows:
+        if row.scheme == "float":
+            kept[row.reason] += row.bytes_before
+    notes = [
+        f"Parameters take {account.bytes_before / 1e6:.1f} MB in float and "
+        f"{account.bytes_after / 1e6:.1f} MB in the formats of the plan, scales included.",
+        "In float stay: "
+        + ", ".join(
+            f"{reason} ({size / 1e6:.2f} MB)" for reason, size in sorted(kept.items(), key=lambda e: -e[1])
+        )
+        + ".",
+    ]
+    before, after = costs
+    if before is None or after is None:
+        return [*notes, "Nothing was exported, because no rung kept the quality."]
+    if after.seconds > before.seconds:
+        notes.append(
+            f"This scheme brings no speed in this engine on this machine: a batch takes "
+            f"{after.seconds / before.seconds:.2f} times as long as with the float file."
+        )
+    return notes
+
+
+def run_json(report: Report, seconds: float) -> dict[str, Any]:
+    """The run as data. Everything under "artefact" was measured on the files, read back."""
+    artefact = None
+    if report.artefact is not None and report.artefact_cost is not None and report.float_cost is not None:
+        artefact = {
+            "metrics": report.artefact.metrics,
+            "bytes": report.artefact_cost.bytes,
+            "latency_seconds": report.artefact_cost.seconds,
+            "peak_bytes": report.artefact_cost.peak_bytes,
+            "batch": report.artefact_cost.batch,
+            "float": asdict(report.float_cost),
+        }
+    final = report.artefact or next(rung for rung in report.rungs if rung.name == report.rung)
+    return {
+        "outcome": report.outcome,
+        "rung": report.rung,
+        "scheme": report.scheme,
+        "target": report.target,
+        "baseline": report.baseline,
+        "artefact": artefact,
+        "verdicts": [verdict.to_json() for verdict in final.verdicts],
+        "rungs": [rung_json(rung) for rung in report.rungs],
+        "seconds": round(seconds, 1),
+        "notes": report.notes,
+        "facts": report.facts,
+    }

@@ -1,0 +1,48 @@
+"""Where the error comes from: how far every quantized module is from its float self."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recoup.nn import CODED_MODULES, Batch, call, quantization_off
+
+
+@torch.no_grad()
+def layer_errors(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """The relative error that quantization adds in every module, on the inputs it really gets.
+
+    |y - y'| / |y'| in the Euclidean norm, where y' is what the same module makes of the same input with
+    its quantizers off. Errors of earlier modules are part of the input, so they do not count again.
+
+    Args:
+        model: prepared. Never changed.
+        batch: one is enough; the error is a mean over all its positions.
+    """
+    errors: dict[str, float] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def compare(module: nn.Module, inputs: tuple[Any, ...], quantized: Tensor) -> None:
+            with quantization_off(module):
+                exact: Tensor = module.forward(*inputs)
+            norm = exact.double().norm().clamp(min=torch.finfo(torch.float32).tiny)
+            errors[name] = float((quantized.double() - exact.double()).norm() / norm)
+
+        return compare
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(CODED_MODULES))
+    ]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return errors
