@@ -298,9 +298,10 @@ def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
     ]
     if left_out:
         path = left_out[0].split(" ")[0]
+        module = path.rpartition(".")[0] or path
         raise ValueError(
             f"{len(left_out)} large parameters would stay in float: {'; '.join(_first(left_out, 3))}. "
-            f"Keep them knowingly with rules such as {{match: {path.rpartition('.')[0] or path}, scheme: none}}"
+            f"Keep them knowingly with rules such as {{match: {module}, scheme: none}}"
         )
 
 
@@ -314,7 +315,7 @@ def _no_fast_path(modules: dict[str, nn.Module], plan: Plan) -> None:
             and torch.backends.mha.get_fastpath_enabled()
         ):
             raise ValueError(
-                f"{name}: nn.TransformerEncoderLayer computes {within[0]} with its float weight in evaluation; "
+                f"{name}: nn.TransformerEncoderLayer runs {within[0]} with its float weight in evaluation; "
                 "call torch.backends.mha.set_fastpath_enabled(False) first"
             )
 

@@ -27,9 +27,10 @@ def calibrate(
 ) -> nn.Module:
     """Set the range of every static and learned quantizer; in place, returns the model.
 
-    Weights are observed as they are. Inputs are observed while the model runs in float on the batches,
-    in evaluation mode; when every input range is dynamic, only the first batch is looked at, to keep as the example input
-    that exporters trace (`model.recoup_example`). Never changes a weight and never needs labels.
+    Weights are observed as they are. Inputs are observed while the model runs on the batches, in float and
+    in evaluation mode; when every input range is dynamic, only the first batch is looked at, to keep as the
+    example input that exporters trace (`model.recoup_example`). Never changes a weight and never needs
+    labels.
 
     Args:
         model: prepared.
@@ -73,9 +74,10 @@ def calibrate(
         if quantizer in weights:
             watching.observe(weights[quantizer].matrix(weights[quantizer]))
         try:
-            quantizer.set_range(*watching.range())
+            found_range = watching.range()
         except ValueError as error:
             raise ValueError(f"{quantizer.path}: {error}") from None
+        quantizer.set_range(*found_range)
     return model
 
 

@@ -146,7 +146,7 @@ class IntFormat:
 
     def rint(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """The nearest integer, ties to even."""
-        return torch.round(x) + 0.0  # integers have no -0
+        return torch.round(x).add_(0.0)  # integers have no -0
 
     def encode(self, values: Float[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
         """The integers as int8 or uint8."""

@@ -90,14 +90,14 @@ def quantize(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Shap
     tensor([[ 7, 13,  1]], dtype=torch.uint8)
     """
     position = cut(x, spec.granularity).float() / spread(qparams.step)
-    values = (spec.format.rint(position) + _offset(qparams)).clamp(spec.format.lo, spec.format.hi)
+    values = _shift_up(spec.format.rint(position), qparams).clamp(spec.format.lo, spec.format.hi)
     return spec.format.encode(values).reshape(x.shape)
 
 
 def dequantize(codes: Shaped[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Float[Tensor, "r c"]:
     """The float32 values that codes stand for."""
     values = spec.format.decode(cut(codes, spec.granularity))
-    return ((values - _offset(qparams)) * spread(qparams.step)).reshape(codes.shape)
+    return (_shift_down(values, qparams) * spread(qparams.step)).reshape(codes.shape)
 
 
 def fake_quantize(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Float[Tensor, "r c"]:
@@ -119,9 +119,12 @@ def fake_quantize(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) ->
     )
 
 
-def _offset(qparams: QParams) -> Tensor | float:
-    # -0.0 is what added to -0.0 leaves it as it is: float formats have a code for it.
-    return -0.0 if qparams.zero_point is None else spread(qparams.zero_point).float()
+def _shift_up(values: Tensor, qparams: QParams) -> Tensor:
+    return values if qparams.zero_point is None else values + spread(qparams.zero_point)
+
+
+def _shift_down(values: Tensor, qparams: QParams) -> Tensor:
+    return values if qparams.zero_point is None else values - spread(qparams.zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -135,15 +138,18 @@ class _FakeQuantize(torch.autograd.Function):
         spec: QuantSpec,
     ) -> Tensor:
         qparams = QParams(scale=scale, zero_point=zero_point, global_scale=global_scale)
-        grid, step, offset = spec.format, spread(qparams.step), _offset(qparams)
+        step = spread(qparams.step)
         position = cut(x, spec.granularity).float() / step
-        rounded = grid.rint(position) + offset
-        values = rounded.clamp(grid.lo, grid.hi) - offset
+        rounded = _shift_up(spec.format.rint(position), qparams)
+        saturated = rounded.clamp(spec.format.lo, spec.format.hi)
+        values = _shift_down(saturated, qparams)
 
-        learned = spec.ranges == "learned"
-        judged = position + offset if learned else rounded
-        inside = (judged >= grid.lo) & (judged <= grid.hi)
-        slope = torch.where(inside, values - position, values) if learned else None
+        if spec.ranges == "learned":  # LSQ asks before rounding whether a value is inside
+            unrounded = _shift_up(position, qparams)
+            inside = unrounded == unrounded.clamp(spec.format.lo, spec.format.hi)
+            slope = torch.where(inside, values - position, values)
+        else:
+            inside, slope = rounded == saturated, None
         ctx.save_for_backward(inside if spec.gradient == "clipped" else None, slope, global_scale)
         ctx.spec = spec
         return (values * step).reshape(x.shape).to(x.dtype)

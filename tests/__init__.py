@@ -1,0 +1,1 @@
+"""What recoup promises, held against it."""

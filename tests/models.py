@@ -1,0 +1,185 @@
+"""Tiny models, one of each kind that users bring. Every width is one that every preset can cut.
+
+`MODELS` is a table: a row is a function that builds a float model, and a function that makes a batch for it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recoup.nn import Batch, call
+from recoup.numerics import IntFormat, per_tensor
+from recoup.schemes import PRESETS, Recipe, Scheme
+
+WIDTH = 128  # the blocks of fp8-block are 128 x 128, the largest of all presets
+WORDS = 16
+
+
+class MLP(nn.Module):
+    """Two hidden layers, a norm and a head; with a name for every reason to keep a parameter but two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.down = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(torch.relu(self.norm(self.up(x)))))
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(WORDS, WIDTH, padding_idx=0)
+        self.positions = nn.Embedding(4, WIDTH)
+        self.block = nn.Linear(WIDTH, WIDTH)
+        self.lm_head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.lm_head.weight = self.tokens.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        places = torch.arange(input_ids.shape[-1], device=input_ids.device)
+        return self.lm_head(torch.relu(self.block(self.tokens(input_ids) + self.positions(places))))
+
+
+class Shared(nn.Module):
+    """One Linear at two places, once under a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.later = nn.ModuleList([nn.Linear(WIDTH, WIDTH), self.first])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.later:
+            x = torch.tanh(layer(torch.tanh(self.first(x))))
+        return x
+
+
+def bert() -> nn.Module:
+    """transformers' BertModel with one layer."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=WORDS,
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=WIDTH,
+        max_position_embeddings=8,
+    )
+    return BertModel(config)
+
+
+def features(samples: int = 2) -> Tensor:
+    return torch.randn(samples, WIDTH)
+
+
+def ids(samples: int = 2) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, WORDS, (samples, 4))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A kind of model, what becomes of its modules by default, and a batch for it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[..., Batch]
+    quantized: frozenset[str]
+
+
+_BERT_LAYER = "encoder.layer.0"
+MODELS = (
+    Row(name="mlp", build=MLP, batch=features, quantized=frozenset({"up", "down"})),
+    Row(
+        name="bert",
+        build=bert,
+        batch=ids,
+        quantized=frozenset(
+            {
+                *(f"{_BERT_LAYER}.attention.self.{name}" for name in ("query", "key", "value")),
+                f"{_BERT_LAYER}.attention.output.dense",
+                f"{_BERT_LAYER}.intermediate.dense",
+                f"{_BERT_LAYER}.output.dense",
+                "pooler.dense",
+            }
+        ),
+    ),
+    Row(name="tied", build=Tied, batch=ids, quantized=frozenset({"block"})),
+    Row(name="shared", build=Shared, batch=features, quantized=frozenset({"first", "later.0"})),
+)
+
+
+def _affine_weights() -> Scheme:
+    # No preset has weights with a zero point; a scheme of one's own may.
+    weights = replace(PRESETS["w4a16"].weights, scale_rule="affine", format=IntFormat(4, signed=False))
+    inputs = replace(PRESETS["w8a8-static"].inputs, format=IntFormat(8), granularity=per_tensor)
+    return Scheme(name="affine-weights", weights=weights, inputs=inputs)
+
+
+SCHEMES = (*PRESETS.values(), _affine_weights())
+
+
+def name_of(row: Any) -> str:
+    """A test id: what is in the row, never its position."""
+    return str(getattr(row, "name", row))
+
+
+every_model = pytest.mark.parametrize("row", MODELS, ids=name_of)
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+
+
+@pytest.fixture(autouse=True)
+def unchecked_tables(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No type checks of numerics inside the tables: they cost ten times what they check.
+
+    A room's conftest asks for it. `tests/nn` does not, and runs over every scheme too.
+    """
+    tables = {"row", "scheme"} & set(request.fixturenames)
+    jaxtyping.config.update("jaxtyping_disable", bool(tables))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def recipe(scheme: Scheme | str, *rules: tuple[str, Any], **fields: Any) -> Recipe:
+    """A recipe in few words; a rule is (match, scheme)."""
+    written = [{"match": match, "scheme": given} for match, given in rules]
+    return Recipe.model_validate({"scheme": scheme, "rules": written, **fields})
+
+
+def built(row: Row) -> nn.Module:
+    """The float model, as ready for use."""
+    return row.build().eval()
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor that a model returned."""
+    if isinstance(output, Tensor):
+        yield output
+    else:
+        yield from (value for value in output.values() if isinstance(value, Tensor))
+
+
+@torch.no_grad()
+def run(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """What the model returns for a batch."""
+    found = list(tensors(call(model, batch)))
+    assert found, "the model returned no tensor"
+    return found
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Bit for bit, in the same dtype."""
+    return all(
+        a.dtype == b.dtype and a.isfinite().all() and torch.equal(a, b)
+        for a, b in zip(first, second, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""The promises that belong to no single room."""

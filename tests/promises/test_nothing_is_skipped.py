@@ -1,0 +1,28 @@
+"""Promise 2: every parameter is accounted for, once, from the plan to the converted model."""
+
+import torch
+
+from recoup import calibrate, convert, explain, prepare, resolve
+from recoup.schemes import Scheme
+from tests.models import Row, every_model, every_scheme
+
+
+@every_model
+@every_scheme
+def test_every_number_of_the_float_model_is_in_the_converted_one(row: Row, scheme: Scheme) -> None:
+    model = row.build()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    plan = resolve(model, scheme)
+    lines = {line.parameter: line for line in explain(model, plan).rows}
+    assert list(lines) == list(before)
+    prepare(model, plan)
+    convert(calibrate(model, [row.batch()]))
+    after = model.state_dict()
+    for name, value in before.items():
+        if lines[name].reason:
+            assert lines[name].scheme == "float"
+            assert torch.equal(after[name], value)
+        else:
+            assert lines[name].scheme == scheme.name
+            assert name not in after
+            assert after[f"{name}.codes"].numel() == value.numel()

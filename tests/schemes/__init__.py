@@ -1,0 +1,1 @@
+"""Data that a user wrote: names, recipes, plans."""
