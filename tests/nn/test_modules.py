@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import recoup
 from recoup.nn import (
     QUANT_MODULES,
     FakeQuantizer,
@@ -251,3 +252,11 @@ def test_how_a_batch_goes_in() -> None:
 
 def test_the_table_has_dynamic_static_and_absent_inputs() -> None:
     assert {scheme.inputs and scheme.inputs.ranges for scheme in SCHEMES} == {None, "dynamic", "static"}
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a8-ort", "fp8", "mxfp4"])
+def test_no_tokens_at_all_pass_through(scheme):
+    """An expert that no token was routed to sees an empty batch."""
+    model = nn.Sequential(nn.Linear(32, 4))
+    recoup.ptq(model, scheme, [torch.randn(4, 32)])
+    assert model(torch.zeros(0, 32)).shape == (0, 4)

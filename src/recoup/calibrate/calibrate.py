@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from recoup.calibrate.observers import OBSERVERS, MinMax, Observer
 from recoup.nn import Batch, FakeQuantizer, QuantModule, call, quantization_off, size_of
 from recoup.numerics import QuantSpec, per_tensor
+from recoup.progress import watched
 
 DEFAULT_SAMPLES = 512
 
@@ -67,10 +66,10 @@ def calibrate(
     inputs = {q: o for q, o in observers.items() if q not in weights}
     if inputs:
         with quantization_off(model), _evaluating(model), _watching(inputs):
-            for batch in track(taken, "calibrating", console=Console(stderr=True), transient=True):
+            for batch in watched(taken, "calibrating"):
                 call(model, batch)
     todo = list(observers.items())
-    for quantizer, watching in track(todo, "choosing ranges", console=Console(stderr=True), transient=True):
+    for quantizer, watching in watched(todo, "choosing ranges"):
         if quantizer in weights:
             watching.observe(weights[quantizer].matrix(weights[quantizer]))
         try:

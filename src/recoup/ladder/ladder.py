@@ -11,21 +11,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from recoup.calibrate import calibrate
-from recoup.export import export, preflight, target_named
+from recoup.export import Parity, export, preflight, target_named
 from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, rung_json
 from recoup.ladder.facts import facts_of
 from recoup.ladder.run_folder import PLAN, RUN, RunFolder
 from recoup.nn import Batch
 from recoup.prepare import explain, prepare, resolve
+from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
-from recoup.validate import Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
+from recoup.validate import Cost, Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
 from recoup.validate.cost import compare_costs
 
 
@@ -135,50 +136,31 @@ def recover(
     run.record("baseline", metrics=before.summary())
     say(f"float: {_line(before.summary())}")
 
-    with tempfile.TemporaryDirectory() as temporary:
-        float_folder = Path(temporary)
-        target.write(model, float_folder, calibration[0])
+    with tempfile.TemporaryDirectory() as float_folder:
+        with busy("writing the float file"):
+            target.write(model, Path(float_folder), calibration[0])
         prepare(model, plan)
         run.write_json(PLAN, plan.to_json())
         climb = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say)
         chosen = climb.to_the_first_that_passes()
-
-        artefact_rung, costs, artefact = None, (None, None), None
-        verdicts, outcome = chosen.verdicts, chosen.outcome
-        if outcome != "failed":
-            artefact = run.path / recipe.export.to
-            say(f"exporting for {recipe.export.target}")
-            start = time.monotonic()
-            parity = export(model, artefact, recipe.export.target, example=calibration[0])
-            say(f"the file is what was trained: {parity}")
-            after = Samples.of(evaluate(target.load(artefact)))
-            verdicts = [gate.check(before, after) for gate in gates]
-            outcome = outcome_of(verdicts)
-            artefact_rung = Rung(
-                name="exported file",
-                metrics=after.summary(),
-                verdicts=verdicts,
-                seconds=time.monotonic() - start,
-                outcome=outcome,
+        shipped = None
+        if chosen.outcome != "failed":
+            shipped = _ship(
+                model, recipe, run, Path(float_folder), calibration[0], gates, before, evaluate, say
             )
-            run.record("artefact", parity=parity.to_json(), **rung_json(artefact_rung))
-            say(f"exported file: {_line(after.summary())}: {outcome}")
-            say("measuring size, speed and memory of both files")
-            costs = compare_costs(
-                (float_folder, artefact), calibration[0],
-                load=target.load, size_bytes=target.size_bytes, peak_bytes=target.peak_bytes,
-            )  # fmt: skip
-            known["parity"] = str(parity)
+            known["parity"] = str(shipped.parity)
+    final = chosen if shipped is None else shipped.rung
+    costs = (None, None) if shipped is None else shipped.costs
 
     record = Report(
         title=title or "recoup run",
         scheme=_scheme_text(plan, recipe),
         target=recipe.export.target,
-        outcome=outcome,
+        outcome=final.outcome,
         rung=chosen.name,
         baseline=before.summary(),
         rungs=climb.rungs,
-        artefact=artefact_rung,
+        artefact=None if shipped is None else shipped.rung,
         float_cost=costs[0],
         artefact_cost=costs[1],
         curve=climb.curve,
@@ -189,14 +171,64 @@ def recover(
     write(record, run.path)
     run.write_json(RUN, run_json(record, time.monotonic() - run.start))
     return Result(
-        outcome=outcome,
+        outcome=final.outcome,
         rung=chosen.name,
-        verdicts=verdicts,
+        verdicts=final.verdicts,
         folder=run.path,
-        artefact=artefact,
+        artefact=None if shipped is None else shipped.folder,
         model=model,
         record=record,
     )
+
+
+class _Shipped(NamedTuple):
+    folder: Path
+    parity: Parity
+    rung: Rung
+    costs: tuple[Cost, Cost]
+
+
+def _ship(
+    model: nn.Module,
+    recipe: Recipe,
+    run: RunFolder,
+    float_folder: Path,
+    example: Batch,
+    gates: list[Gate],
+    before: Samples,
+    evaluate: Evaluate,
+    say: Callable[[str], None],
+) -> _Shipped:
+    """Export, and measure what was exported: quality through the gates, cost next to the float file."""
+    target, folder, start = target_named(recipe.export.target), run.path / recipe.export.to, time.monotonic()
+    say(f"exporting for {recipe.export.target}")
+    with busy("exporting"):
+        parity = export(model, folder, recipe.export.target, example=example)
+    say(f"the file is what was trained: {parity}")
+    after = Samples.of(evaluate(target.load(folder)))
+    verdicts = [gate.check(before, after) for gate in gates]
+    rung = Rung(
+        name="exported file",
+        metrics=after.summary(),
+        verdicts=verdicts,
+        seconds=time.monotonic() - start,
+        outcome=outcome_of(verdicts),
+    )
+    run.record("artefact", parity=parity.to_json(), **rung_json(rung))
+    say(f"exported file: {rung.outcome}")
+    for verdict in verdicts:
+        say(f"  {verdict}")
+    with busy("measuring size, speed and memory of both files"):
+        costs = compare_costs(
+            (float_folder, folder), example,
+            load=target.load, size_bytes=target.size_bytes, peak_bytes=target.peak_bytes,
+        )  # fmt: skip
+    for name, cost in zip(("float file", "exported file"), costs, strict=True):
+        say(
+            f"{name}: {cost.bytes / 1e6:.1f} MB, {1000 * cost.seconds:.1f} ms for {cost.batch}, "
+            f"peak {cost.peak_bytes / 1e6:.0f} MB"
+        )
+    return _Shipped(folder, parity, rung, costs)
 
 
 def _gates(recipe: Recipe) -> list[Gate]:

@@ -97,7 +97,7 @@ def cut(x: Shaped[Tensor, "r c"], granularity: Granularity) -> Shaped[Tensor, "b
         ValueError: the blocks do not fill the view.
     """
     rows, columns = granularity.scale_shape(*x.shape)
-    return x.reshape(rows, x.shape[0] // rows, columns, x.shape[1] // columns)
+    return x.reshape(rows, granularity.rows or x.shape[0], columns, granularity.columns or x.shape[1])
 
 
 def spread(scale: Shaped[Tensor, "br bc"]) -> Shaped[Tensor, "br 1 bc 1"]:

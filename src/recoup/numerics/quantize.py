@@ -57,7 +57,7 @@ def choose_qparams(
     tensor([[0.1000]])
     """
     lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)
-    if global_scale is None:
+    if spec.global_scale and global_scale is None:
         global_scale = choose_global_scale(torch.maximum(-lo, hi).amax(), spec)
     scale = SCALE_RULES[spec.scale_rule](lo, hi, spec.format)
     if global_scale is not None:

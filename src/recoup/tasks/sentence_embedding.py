@@ -26,11 +26,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
+from recoup.progress import watched
 from recoup.schemes import Recipe, parse
 from recoup.tasks.assets import locate
 from recoup.tasks.documents import Document, read, some, split
 from recoup.tasks.pretrained import check, files_of, load_encoder, load_tokenizer, model_folder
-from recoup.tasks.task import Batch, Task, asking, sha256_of, shown
+from recoup.tasks.task import Batch, Task, asking, sha256_of
 from recoup.validate import Samples
 
 
@@ -222,7 +223,7 @@ def embed(
                     model(**{name: tensor.to(device) for name, tensor in batch.items()}).last_hidden_state,
                     batch["attention_mask"],
                 ).cpu()
-                for batch in shown(batches, description, total=len(batches))
+                for batch in watched(batches, description)
             ]
         )
 

@@ -1,22 +1,18 @@
 """What a task gives to a run, and how a model is asked without leaving a trace on it."""
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from recoup.validate import Samples
 
 Batch = dict[str, Tensor]
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +65,3 @@ def sha256_of(path: Path) -> str:
     """The checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def shown(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """`items` with a progress bar on stderr that goes away, if somebody is watching."""
-    console = Console(stderr=True)
-    yield from track(
-        items, description, total=total, console=console, transient=True, disable=not console.is_terminal
-    )

@@ -11,12 +11,11 @@ from itertools import count
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from recoup.nn import Batch, FakeQuantizer, quantization_off
+from recoup.progress import progress
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.finite import NonFiniteLossError, first_nonfinite_module
 from recoup.train.objective import Objective, float_copy
@@ -86,8 +85,7 @@ def train(
     try:
         model.train("task" in ([settings.loss] if isinstance(settings.loss, str) else settings.loss))
         record({"step": 0, **best.look(0)})
-        with _progress(accelerator.is_main_process) as progress:
-            bar = progress.add_task("training", total=settings.steps)
+        with progress("training", settings.steps, shown=accelerator.is_main_process) as advance:
             for step in range(1, settings.steps + 1):
                 learning_rate = float(schedule.get_last_lr()[0])
                 loss = step_once(step)
@@ -95,7 +93,7 @@ def train(
                 look = step % settings.evaluate_every == 0 or step == settings.steps
                 seen: dict[str, float] = best.look(step) if look else {}
                 record({"step": step, "loss": loss, "learning_rate": learning_rate, **seen})
-                progress.update(bar, advance=1, description=f"training, loss {loss:.4g}")
+                advance(f"training, loss {loss:.4g}")
         best.restore()
     finally:
         accelerator.free_memory()
@@ -175,8 +173,3 @@ def _check(model: nn.Module, batches: Sequence[Batch]) -> None:
         )
     if not batches:
         raise ValueError("training: no batches")
-
-
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
