@@ -2,10 +2,11 @@
 
 from recoup.calibrate import calibrate
 from recoup.convert import convert
+from recoup.explain import explain
 from recoup.export import export
 from recoup.ladder import Result, ptq, recover
 from recoup.numerics import QuantSpec
-from recoup.prepare import explain, prepare, resolve
+from recoup.prepare import prepare, resolve
 from recoup.schemes import Plan, Recipe, Rule, Scheme
 from recoup.train import param_groups, train
 from recoup.validate import Gate, Samples, Verdict

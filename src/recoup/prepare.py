@@ -1,14 +1,13 @@
 """The door in: which module gets which numbers (`resolve`), and the modules that carry them (`prepare`).
 
-`resolve` accounts for every parameter before anything is touched: quantized, kept and why, or an error.
-`explain` prints that account. `prepare` carries it out, in place.
+`resolve` accounts for every parameter before anything is touched: quantized, kept and why, or an error
+(`explain.py` prints that account). `prepare` carries it out, in place.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -109,93 +108,6 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
         if module in twins:
             model.set_submodule(name, twins[module])
     return model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One parameter's fate. Bytes are of storage: codes, scales and zero points."""
-
-    parameter: str
-    shape: tuple[int, ...]
-    scheme: str
-    bits: float
-    bytes_before: int
-    bytes_after: int
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
-    """What would happen to every parameter; prints as a table."""
-
-    rows: list[Row]
-
-    @property
-    def bytes_before(self) -> int:
-        """Of all parameters, tied ones counted once."""
-        return sum(row.bytes_before for row in self.rows)
-
-    @property
-    def bytes_after(self) -> int:
-        """The same when quantized."""
-        return sum(row.bytes_after for row in self.rows)
-
-    def __str__(self) -> str:
-        head = ("parameter", "shape", "scheme", "bits", "bytes before", "after", "reason")
-        cells = [head, *map(_cells, self.rows)]
-        total = _cells(
-            Row(
-                parameter="total", shape=(), scheme="", reason="",
-                bits=8 * self.bytes_after / max(sum(prod(row.shape) for row in self.rows), 1),
-                bytes_before=self.bytes_before, bytes_after=self.bytes_after,
-            )
-        )  # fmt: skip
-        widths = [max(len(line[i]) for line in [*cells, total]) for i in range(len(head))]
-        right = {3, 4, 5}
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i in right else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in [*cells, total]
-        ]
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def explain(model: nn.Module, plan: Plan) -> Explanation:
-    """The dry run: parameter, scheme, bits, bytes before and after, and why. Never changes the model.
-
-    >>> import torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.LayerNorm(4))
-    >>> print(explain(model, resolve(model, "w4a16")))
-    parameter  shape   scheme  bits  bytes before  after  reason
-    0.weight   4 x 32  w4a16    5.0           512     80
-    0.bias     4       float   32.0            16     16  bias
-    1.weight   4       float   32.0            16     16  norm
-    1.bias     4       float   32.0            16     16  norm
-    total                       7.3           560    128
-    """
-    rows: list[Row] = []
-    for path, parameter in model.named_parameters():
-        before = parameter.numel() * parameter.element_size()
-        module, _, leaf = path.rpartition(".")
-        bits, scheme, reason = 8.0 * parameter.element_size(), "float", plan.kept.get(path, "")
-        if leaf == "weight" and module in plan.modules:
-            bits, scheme = plan[module].bits_per_weight(*parameter.flatten(1).shape), plan.modules[module]
-        after = round(parameter.numel() * bits / 8)
-        rows.append(
-            Row(
-                parameter=path, shape=tuple(parameter.shape), scheme=scheme, bits=bits,
-                bytes_before=before, bytes_after=after, reason=reason,
-            )
-        )  # fmt: skip
-    return Explanation(rows=rows)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    shape = " x ".join(map(str, row.shape))
-    sizes = (f"{row.bits:.1f}", f"{row.bytes_before:,}", f"{row.bytes_after:,}")
-    return (row.parameter, shape, row.scheme, *sizes, row.reason)
 
 
 def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, str]) -> Scheme | str:

@@ -66,14 +66,7 @@ class OnnxModel(nn.Module):
         Raises:
             ValueError: an input is missing, or is none of the file's.
         """
-        named = dict(zip(self.inputs, args, strict=False)) | {
-            k: v for k, v in kwargs.items() if v is not None
-        }
-        if set(named) != set(self.inputs):
-            raise ValueError(f"the file's inputs are {', '.join(self.inputs)}; given {', '.join(named)}")
-        feeds = {
-            name: np.ascontiguousarray(torch.as_tensor(value).cpu().numpy()) for name, value in named.items()
-        }
+        feeds = self.feeds(*args, **kwargs)
         results = [torch.from_numpy(np.array(value)) for value in self.session.run(None, feeds)]
         if self.outputs == [""]:
             return results[0]
@@ -108,7 +101,8 @@ def peak_bytes(folder: Path, batch: Batch) -> int:
         np.savez(inputs, **cast(Any, feeds))
         script = Path(__file__).with_name("onnxruntime_peak.py")
         done = subprocess.run(
-            [sys.executable, str(script), str(model_file(folder)), str(inputs)],
+            # -P: beside the script lies a module that is called onnxruntime, too
+            [sys.executable, "-P", str(script), str(model_file(folder)), str(inputs)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode:

@@ -209,10 +209,11 @@ def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:
     config = getattr(model, "config", None)
     if config is None:
         return  # no transformers model: it has no processor
-    source = Path(str(getattr(config, "_name_or_path", "") or ""))
+    name = str(getattr(config, "_name_or_path", "") or "")  # empty for a model that was not loaded
+    source = Path(name)
     files = (
         [file for pattern in _PROCESSOR_FILES for file in sorted(source.glob(pattern))]
-        if source.is_dir()
+        if name and source.is_dir()
         else []
     )
     for file in [*files, *source.glob("config.json")] if files else []:

@@ -96,7 +96,8 @@ def output_names(model: nn.Module, example: Batch) -> list[str]:
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"onnx: output {name!r} is a {type(value).__name__}; a file has only tensors as outputs"
+                f"onnx: output {name!r} is a {type(value).__name__}; a file has only tensors as outputs, so "
+                "the model must return nothing else (no cache: model.config.use_cache = False)"
             )
     return list(named)
 

@@ -5,7 +5,7 @@
     groups         int8 blocks         MatMulNBits, accuracy_level 4: it quantizes its inputs itself, to int8,
                                        amax / 127 per block, with the blocks of the weights
     groups         int8 per token      the input's codes in plain nodes, then MatMulNBits as for float
-    per channel    float               DequantizeLinear, MatMul
+    per channel    float               DequantizeLinear, Squeeze, MatMul
     per channel    (u)int8, any scale  the input's codes as uint8, MatMulInteger, scales
     embedding      -                   GatherBlockQuantized
 
@@ -78,10 +78,13 @@ def container_bits(bits: int) -> int:
 
 def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
     """The nodes of a linear layer, from its input to its output."""
-    y = _linear_nodes(module.scheme)(g, module, x)
+    nodes = _linear_nodes(module.scheme)
+    y = nodes(g, module, x)
     if module.bias is None:
         return y
-    return g("Add", y, g.initializer("bias", module.bias.detach().float().cpu().numpy()))
+    # onnxruntime fuses an Add into MatMulIntegerToFloat, which then scales the bias like each token
+    add = "Sum" if nodes is _token_codes_then_integers else "Add"
+    return g(add, y, g.initializer("bias", module.bias.detach().float().cpu().numpy()))
 
 
 def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
@@ -108,6 +111,13 @@ def _linear_nodes(scheme: Scheme) -> LinearNodes:
     layouts = (_weight_layout(scheme.weights), _input_layout(scheme))
     if layouts not in _LINEAR:
         raise ValueError(f"weights in {layouts[0]} do not go with inputs {layouts[1]}")
+    weights = scheme.weights
+    if (
+        _LINEAR[layouts] is _blocks_in_the_kernel
+        and container_bits(weights.format.bits) == 2
+        and weights.granularity.columns not in (32, 64, 128)
+    ):
+        raise ValueError("inputs in the blocks of 2-bit weights need groups of 32, 64 or 128")
     return _LINEAR[layouts]
 
 
@@ -174,9 +184,12 @@ def _token_codes_then_nbits(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Va
 
 
 def _dequantized_weight(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
-    codes = g.initializer("codes", _codes(module.weight).T.copy())
+    # The matrix is stored with a third axis: where a MatMul follows a DequantizeLinear at once, onnxruntime
+    # puts a MatMulNBits that quantizes its inputs.
+    codes = g.initializer("codes", _codes(module.weight).T[None].copy())
     scale = g.initializer("scale", module.weight.scale.cpu().numpy().reshape(-1))
-    return g("MatMul", x, g("DequantizeLinear", codes, scale, axis=1))
+    weight = g("DequantizeLinear", codes, scale, axis=2)
+    return g("MatMul", x, g("Squeeze", weight, g.initializer("axis", np.array([0], np.int64))))
 
 
 def _integer_product(
@@ -209,7 +222,7 @@ def _static_codes_then_integers(g: Graph, module: CodedLinear, x: ir.Value) -> i
     qparams = quantizer.stored_qparams
     offset = 0 if not quantizer.spec.format.lo else 128  # signed codes are stored as uint8 around 128
     zero_point = 0 if qparams.zero_point is None else int(qparams.zero_point)
-    scale = g.initializer("input_scale", np.array(float(qparams.scale), np.float32))
+    scale = g.initializer("input_scale", np.array(float(qparams.scale.detach()), np.float32))
     zero = g.initializer("input_zero_point", np.array(zero_point + offset, np.uint8))
     return _integer_product(g, module, g("QuantizeLinear", x, scale, zero), zero, scale)
 
@@ -225,9 +238,11 @@ def _codes_per_token(g: Graph, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return g("Round", g("Div", x, scale)), scale
 
 
+_blocks_in_the_kernel = _matmul_nbits(4)
+
 _LINEAR: dict[tuple[str, str], LinearNodes] = {
     ("groups", "in float"): _matmul_nbits(1),
-    ("groups", "in the weights' blocks"): _matmul_nbits(4),
+    ("groups", "in the weights' blocks"): _blocks_in_the_kernel,
     ("groups", "per token"): _token_codes_then_nbits,
     ("channels", "in float"): _dequantized_weight,
     ("channels", "per token"): _token_codes_then_integers,

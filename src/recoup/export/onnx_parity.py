@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export.onnx import FILE, MODULES
+from recoup.export.onnx_nodes import container_bits
 from recoup.export.parity import Parity, ParityError
 from recoup.nn import Batch, CodedEmbedding, CodedLinear, FakeQuantizer, call, quantization_off
 
@@ -47,9 +48,10 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
         values, scale, zero_point = stored[path]
         weight = module.weight
         zero = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
-        _equal(path, "codes", values, weight.codes)
+        first = 0 if weight.spec.format.lo else 2 ** (container_bits(weight.spec.format.bits) - 1)
+        _equal(path, "codes", values + first, weight.codes)
         _equal(path, "scale", scale, weight.scale)
-        _equal(path, "zero point", np.broadcast_to(zero_point, scale.shape), zero)
+        _equal(path, "zero point", np.broadcast_to(zero_point, scale.shape) + first, zero)
         codes, scales = codes + values.size, scales + scale.size
 
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
@@ -78,8 +80,8 @@ def read_codes(file: onnx.ModelProto) -> dict[str, tuple[Array, Array, Array]]:
     """Codes, scales and zero points of every quantized module, unpacked from the file alone.
 
     Returns:
-        By module: codes (rows, columns) in the sign convention of the weights, scales (rows, blocks), and
-        zero points in the same convention, (rows, blocks) or a scalar.
+        By module: codes (rows, columns) as distances from the middle of their container, scales
+        (rows, blocks), and zero points from the same middle, (rows, blocks) or a scalar.
     """
     initializers = {tensor.name: tensor for tensor in file.graph.initializer}
     modules: dict[str, tuple[Array, Array, Array]] = {}
@@ -112,7 +114,11 @@ def _unpacked(
         return values, scale, _bits(zero_point.reshape(rows, -1), bits)[:, : scale.shape[1]] - middle
     middle = 128 if codes.dtype == np.uint8 else 0
     stored_zero = 0 if zero_point is None else int(zero_point)
-    return codes.T.astype(np.int16) - middle, scale.reshape(-1, 1), np.array(stored_zero - middle)
+    return (
+        codes.reshape(codes.shape[-2:]).T.astype(np.int16) - middle,
+        scale.reshape(-1, 1),
+        np.array(stored_zero - middle),
+    )
 
 
 def _bits(rows: Array, bits: int) -> Array:

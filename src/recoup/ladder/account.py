@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
+from recoup.explain import Explanation
 from recoup.ladder.climb import rung_json
-from recoup.prepare import Explanation
 from recoup.validate import Cost, Report
 
 

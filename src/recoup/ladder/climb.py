@@ -1,5 +1,6 @@
 """The climb: rung after rung on one prepared model, a gate after each, until one passes."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -90,7 +91,7 @@ class Climb:
         if not self.rungs:
             self._calibrate("mse")
         settings = self.recipe.train
-        held_out = max(1, round(settings.held_out * len(self.train)))
+        held_out = min(max(1, round(settings.held_out * len(self.train))), len(self.train) - 1)
 
         def record(entry: Mapping[str, float]) -> None:
             self.curve.append(dict(entry))
@@ -119,7 +120,7 @@ def _merit(rung: Rung) -> tuple[int, float]:
         1 - (v.change if v.direction == "increase" else -v.change) / max(v.limit, 1e-12)
         for v in rung.verdicts
     ]
-    return order[rung.outcome], min(room)
+    return order[rung.outcome], min(share if math.isfinite(share) else -math.inf for share in room)
 
 
 def _moving_state(model: nn.Module, *, weights: bool) -> dict[str, Tensor]:

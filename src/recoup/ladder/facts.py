@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,18 @@ def facts_of(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> dict
         "seed": str(recipe.seed),
         "sha256 of the float weights": _sha256(model.state_dict()),
         "sha256 of the calibration batches": _sha256(batches),
-        "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
+        "machine": f"{_processor()}, {platform.system()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: found for package in _PACKAGES if (found := _version(package))},
     }
+
+
+def _processor() -> str:
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from recoup.calibrate import calibrate
+from recoup.explain import explain
 from recoup.export import Parity, export, preflight, target_named
 from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, rung_json
 from recoup.ladder.facts import facts_of
 from recoup.ladder.run_folder import PLAN, RUN, RunFolder
 from recoup.nn import Batch
-from recoup.prepare import explain, prepare, resolve
+from recoup.prepare import prepare, resolve
 from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
 from recoup.validate import Cost, Gate, Report, Rung, Samples, Verdict, html, outcome_of, write

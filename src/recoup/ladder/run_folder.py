@@ -31,7 +31,7 @@ class RunFolder:
         recipe: of the run.
 
     Raises:
-        ValueError: the folder holds something else, or a finished run.
+        ValueError: the folder holds something else, or a finished run; the artefact has no place.
         OSError: it cannot be written.
     """
 
@@ -77,12 +77,19 @@ def finished(path: str | Path, recipe: Recipe) -> dict[str, Any] | None:
 
 def _claim(folder: Path, recipe: Recipe) -> None:
     """Make the folder, or clear what an unfinished run of the same recipe left in it."""
+    here, artefact = folder.resolve(), (folder / recipe.export.to).resolve()
+    if here.is_relative_to(artefact):
+        raise ValueError(f"export.to: {recipe.export.to!r} is where the run itself lies; name a folder in it")
+    inside = artefact.is_relative_to(here)
+    if not inside and artefact.exists() and (not artefact.is_dir() or any(artefact.iterdir())):
+        raise ValueError(
+            f"export.to: {artefact} exists and is not empty; choose another folder, or remove it"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (PLAN, METRICS, "report.md", "report.html"):
             (folder / name).unlink(missing_ok=True)
-        artefact = (folder / recipe.export.to).resolve()
-        if artefact.is_relative_to(folder.resolve()) and artefact.is_dir():
+        if inside and artefact.is_dir():
             shutil.rmtree(artefact)
     except OSError as error:
         raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None

@@ -30,12 +30,12 @@ class Objective:
         self.bf16 = settings.precision == "bf16"
         self.teacher = None
         if needs_teacher(settings.loss):
-            self.teacher = teacher.to(device).eval().requires_grad_(False)
-        self.loss = build_loss(settings.loss, settings.temperature, self._taught(self._to_device(first)))
+            self.teacher = teacher.to(device).eval()
+        self.loss = build_loss(settings.loss, settings.temperature, self._taught(self.to_device(first)))
 
     def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
         """The loss of one batch, a scalar with a gradient."""
-        batch = self._to_device(batch)
+        batch = self.to_device(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.loss(call(student, batch), self._taught(batch), batch)
 
@@ -53,7 +53,8 @@ class Objective:
     def _taught(self, batch: Batch) -> Any:
         return None if self.teacher is None else call(self.teacher, batch)
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch where student and teacher are."""
         from accelerate.utils import send_to_device
 
         return send_to_device(batch, self.device)

@@ -57,8 +57,9 @@ def train(
     settings = settings or TrainSettings()
     _check(model, batches)
     accelerator = Accelerator(gradient_accumulation_steps=settings.accumulate)
-    modes = {module: module.training for module in model.modules()}
-    objective = Objective(settings, teacher or float_copy(model), accelerator.device, batches[0])
+    teacher = float_copy(model) if teacher is None else teacher
+    modes = {module: module.training for root in (model, teacher) for module in root.modules()}
+    objective = Objective(settings, teacher, accelerator.device, batches[0])
     optimizer = torch.optim.AdamW(
         param_groups(model, settings.learning_rate, settings.scale_learning_rate, settings.weight_decay)
     )
@@ -70,7 +71,7 @@ def train(
     def step_once(step: int) -> float:
         total = 0.0
         for _ in range(settings.accumulate):
-            batch = next(stream)
+            batch = objective.to_device(next(stream))
             with accelerator.accumulate(wrapped), _delayed(model, step <= settings.start_step):
                 loss = objective(wrapped, batch)
                 total += _finite(loss, step, model, batch) / settings.accumulate
