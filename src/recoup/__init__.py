@@ -7,7 +7,7 @@ from recoup.export import export
 from recoup.ladder import Result, ptq, recover
 from recoup.numerics import QuantSpec
 from recoup.prepare import prepare, resolve
-from recoup.schemes import Plan, Recipe, Rule, Scheme
+from recoup.schemes import Plan, Recipe, Rule, Scheme, TrainSettings
 from recoup.train import param_groups, train
 from recoup.validate import Gate, Samples, Verdict
 
@@ -20,6 +20,7 @@ __all__ = [
     "Rule",
     "Samples",
     "Scheme",
+    "TrainSettings",
     "Verdict",
     "calibrate",
     "convert",

@@ -99,9 +99,12 @@ def _run(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command starts the run again", file=sys.stderr)
         return INTERRUPTED
-    except (CycloptsError, ValueError, OSError, ImportError, NonFiniteLossError, ParityError) as error:
+    except (CycloptsError, ValueError, OSError, ImportError, NonFiniteLossError) as error:
         print(f"recoup: {_one_line(error)}", file=sys.stderr)
         return WRONG_INPUT
+    except ParityError as error:
+        print(f"recoup: the export is wrong, and was removed: {_one_line(error)}", file=sys.stderr)
+        return BUG
     except Exception:  # noqa: BLE001 (a bug: say so, and do not exit as if a gate had failed)
         traceback.print_exc()
         return BUG

@@ -1,8 +1,9 @@
 """The door out: float master weights become codes and scales. One way."""
 
+import torch
 from torch import nn
 
-from recoup.nn import CODED_MODULES, FakeQuantizer
+from recoup.nn import CODED_MODULES, FakeQuantizer, is_prepared
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -12,7 +13,8 @@ def convert(model: nn.Module) -> nn.Module:
     quantization used; every later step moves codes. What the model computes does not change by a bit.
 
     Raises:
-        ValueError: nothing is prepared, or a quantizer is switched off or not calibrated.
+        ValueError: nothing is prepared, a quantizer is switched off or not calibrated, or a weight is not
+            finite.
 
     >>> import torch, recoup
     >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4))
@@ -29,6 +31,9 @@ def convert(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) first"
             )
+    for name, module in model.named_modules():
+        if is_prepared(module) and not torch.isfinite(module.weight).all():
+            raise ValueError(f"{name}.weight: holds values that are not finite; training went wrong before")
     coded = {
         module: CODED_MODULES[type(module)](module)
         for module in model.modules()

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from recoup import calibrate, convert, prepare, resolve
-from recoup.nn import CodedEmbedding, CodedLinear, FakeQuantizer, quantization_off
-from recoup.nn.coded import CodedModule
+from recoup.nn import CodedEmbedding, CodedLinear, FakeQuantizer, is_coded, quantization_off
 from recoup.numerics import dequantize
 from recoup.schemes import PRESETS, Scheme
 from tests.models import (
@@ -40,7 +39,7 @@ def test_converted_it_computes_the_same_bits(row: Row, scheme: Scheme) -> None:
     expected = run(model, batch)
     assert convert(model) is model
     assert same(run(model, batch), expected)
-    coded = {name for name, module in model.named_modules() if isinstance(module, CodedModule)}
+    coded = {name for name, module in model.named_modules() if is_coded(module)}
     assert coded == row.quantized
     no_float_weight_is_left(model, row, scheme)
 

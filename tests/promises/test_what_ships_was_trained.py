@@ -3,8 +3,7 @@
 import torch
 
 from recoup import calibrate, convert, prepare, resolve
-from recoup.nn import QuantModule, call, quantization_off
-from recoup.nn.coded import CodedModule
+from recoup.nn import call, is_coded, is_prepared, quantization_off
 from recoup.schemes import Scheme
 from tests.models import Row, every_model, every_scheme, recipe, run, same, tensors
 
@@ -22,13 +21,13 @@ def test_trained_converted_and_decoded_are_one(row: Row, scheme: Scheme) -> None
     trained = {
         name: module.weight_quantizer(module.matrix(module)).detach()
         for name, module in model.named_modules()
-        if isinstance(module, QuantModule)
+        if is_prepared(module)
     }
     computed = run(model, batch)
     with quantization_off(model):
         assert not same(run(model, batch), computed)
     convert(model)
-    coded = {name: module for name, module in model.named_modules() if isinstance(module, CodedModule)}
+    coded = {name: module for name, module in model.named_modules() if is_coded(module)}
     assert set(coded) == set(trained) == row.quantized
     for name, module in coded.items():
         assert torch.equal(module.weight.decode(), trained[name])

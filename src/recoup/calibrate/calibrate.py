@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.calibrate.observers import OBSERVERS, MinMax, Observer
-from recoup.nn import Batch, FakeQuantizer, QuantModule, call, quantization_off, size_of
+from recoup.nn import Batch, FakeQuantizer, call, device_of, is_prepared, moved, quantization_off, size_of
 from recoup.numerics import QuantSpec, per_tensor
 from recoup.progress import watched
 
@@ -55,9 +55,7 @@ def calibrate(
         )
     model.recoup_example = taken[0]  # pyright: ignore[reportArgumentType]
 
-    weights = {
-        module.weight_quantizer: module for module in model.modules() if isinstance(module, QuantModule)
-    }
+    weights = {module.weight_quantizer: module for module in model.modules() if is_prepared(module)}
     observers: dict[FakeQuantizer, Observer] = {
         quantizer: _observer(observer, quantizer.spec)
         for quantizer in quantizers.values()
@@ -67,7 +65,7 @@ def calibrate(
     if inputs:
         with quantization_off(model), _evaluating(model), _watching(inputs):
             for batch in watched(taken, "calibrating"):
-                call(model, batch)
+                call(model, moved(batch, device_of(model)))
     todo = list(observers.items())
     for quantizer, watching in watched(todo, "choosing ranges"):
         if quantizer in weights:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recoup.convert import convert
 from recoup.engines import onnxruntime
 from recoup.export.parity import Parity
-from recoup.nn import CODED_MODULES, Batch, FakeQuantizer, quant_type
+from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
 from recoup.schemes import Plan, Scheme
 
 PARITY_FILE = "parity.json"
@@ -149,12 +149,12 @@ def export(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not empty; choose another folder, or remove it")
-    example = _on_cpu(_example(model) if example is None else example)
+    example = moved(_example(model) if example is None else example, torch.device("cpu"))
     with torch.no_grad():
         coded = _converted_copy(model)
     for path, module in coded.named_modules():
-        if type(module) in CODED_MODULES.values():
-            writer.check(path, module.scheme, type(module))  # pyright: ignore[reportArgumentType]
+        if is_coded(module):
+            writer.check(path, module.scheme, type(module))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         unproven = Path(temporary) / "artefact"
@@ -173,9 +173,9 @@ def _converted_copy(model: nn.Module) -> nn.Module:
     """A converted model that shares every float Parameter with this one, on the CPU and in eval mode."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     duplicate = copy.deepcopy(model, shared).eval()
-    prepared = any(isinstance(module, FakeQuantizer) for module in duplicate.modules())
-    converted = any(type(module) in CODED_MODULES.values() for module in duplicate.modules())
-    if not converted or (prepared and any(type(m) in CODED_MODULES for m in duplicate.modules())):
+    if not any(is_coded(module) for module in duplicate.modules()) or any(
+        map(is_prepared, duplicate.modules())
+    ):
         duplicate = convert(duplicate)
     if any(tensor.device.type != "cpu" for tensor in (*duplicate.parameters(), *duplicate.buffers())):
         duplicate = copy.deepcopy(duplicate).cpu()
@@ -190,15 +190,6 @@ def _example(model: nn.Module) -> Batch:
     raise ValueError(
         "export traces the model with a batch and has none; pass example=batch, or calibrate first"
     )
-
-
-def _on_cpu(batch: Batch) -> Batch:
-    def move(value: Any) -> Any:
-        return value.detach().cpu() if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Tensor):
-        return move(batch)
-    return {k: move(v) for k, v in batch.items()} if hasattr(batch, "items") else tuple(map(move, batch))  # pyright: ignore
 
 
 def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recoup.engines.onnxruntime import OUTPUTS
 from recoup.nn import Batch, CodedEmbedding, CodedLinear, call, size_of
 
 OPSET = 21
 FILE = "model.onnx"
-OUTPUTS, MODULES = "recoup.outputs", "recoup.modules"  # keys of the file's metadata
+MODULES = "recoup.modules"  # like OUTPUTS a key of the file's metadata
 _CLOSED = "QuantizedModule"
 _LARGEST_SINGLE_FILE = 2**31 - 2**20  # protobuf's limit, with room for the graph
 
@@ -37,7 +38,7 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
         example: one batch, to trace with; its first two samples are enough.
 
     Raises:
-        ValueError: the model returns something other than tensors.
+        ValueError: the model returns something other than tensors, or is not in float32.
         ImportError: the extra is not installed.
     """
     try:
@@ -47,6 +48,9 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     except ImportError as error:
         raise ImportError(f"the onnx target needs {error.name}: pip install 'recoup[onnx]'") from None
 
+    low = [n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]
+    if low:
+        raise ValueError(f"onnx: {low[0]} is not float32; call model.float() before recoup.prepare")
     example = _first_two(example)
     outputs = output_names(model, example)
     with _closed(model) as coded:

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from recoup.nn import CodedEmbedding, CodedLinear, Codes, FakeQuantizer
-from recoup.numerics import IntFormat, QuantSpec
+from recoup.numerics import FLOAT32, IntFormat, QuantSpec
 from recoup.schemes import Scheme
 
 MICROSOFT = "com.microsoft"
@@ -63,7 +63,11 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
     except ValueError as error:
         raise ValueError(
             f"{path}: scheme {scheme.name!r} does not run in onnxruntime on a CPU: {error}; "
-            "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort and their relatives do"
+            + (
+                "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort and their relatives do"
+                if kind is CodedLinear
+                else "w8a16, w4a16 and their relatives do"
+            )
         ) from None
 
 
@@ -122,8 +126,8 @@ def _linear_nodes(scheme: Scheme) -> LinearNodes:
 
 
 def _weight_layout(spec: QuantSpec) -> str:
-    if not isinstance(spec.format, IntFormat):
-        raise ValueError(f"{spec.format.name} weights have no kernel there")
+    if not isinstance(spec.format, IntFormat) or spec.global_scale:
+        raise ValueError(f"{spec.format.name} weights with {_scales(spec)} have no kernel there")
     match (spec.granularity.rows, spec.granularity.columns):
         case (1, None) if spec.symmetric and spec.format.signed:
             return "channels"
@@ -140,8 +144,8 @@ def _input_layout(scheme: Scheme) -> str:
     spec = scheme.inputs
     if spec is None:
         return "in float"
-    if not (isinstance(spec.format, IntFormat) and spec.format.bits == 8):
-        raise ValueError(f"{spec.format.name} inputs have no kernel there")
+    if not (isinstance(spec.format, IntFormat) and spec.format.bits == 8 and _float32_scales(spec)):
+        raise ValueError(f"{spec.format.name} inputs with {_scales(spec)} have no kernel there")
     symmetric = spec.format.signed and spec.scale_rule == "narrow"
     match (spec.granularity.rows, spec.granularity.columns, spec.ranges):
         case (1, None, "dynamic") if symmetric:
@@ -150,10 +154,18 @@ def _input_layout(scheme: Scheme) -> str:
             return "in the weights' blocks"
         case (None, None, "dynamic") if not spec.symmetric and not spec.format.signed:
             return "per tensor"
-        case (None, None, "static" | "learned"):
+        case (None, None, "static" | "learned") if not spec.format.narrow:
             return "per tensor, static"
         case _:
             raise ValueError(f"inputs {spec} ({spec.scale_rule}) have no kernel there")
+
+
+def _float32_scales(spec: QuantSpec) -> bool:
+    return spec.scale_format == FLOAT32 and not spec.global_scale
+
+
+def _scales(spec: QuantSpec) -> str:
+    return f"{spec.scale_format.name} scales" + (" and a global one" if spec.global_scale else "")
 
 
 def _matmul_nbits(accuracy_level: int) -> LinearNodes:

@@ -15,7 +15,7 @@ class Parity:
     Args:
         modules: quantized modules compared.
         codes: codes read back, all equal to the trained ones.
-        scales: scales (and zero points) read back, all equal.
+        scales: scales read back, all equal, as are the zero points beside them.
         worst_module: the largest difference of a module's output, as a share of its bound.
         end_to_end: root mean square of the difference of the model's outputs, over that of the outputs.
     """

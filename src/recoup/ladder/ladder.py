@@ -6,6 +6,7 @@ The first rung that passes every gate is the result. What is judged in the end i
 back and run in its engine; the model in memory was only the way there.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, rung_json
 from recoup.ladder.facts import facts_of
 from recoup.ladder.run_folder import PLAN, RUN, RunFolder
-from recoup.nn import Batch
+from recoup.nn import Batch, size_of
 from recoup.prepare import prepare, resolve
 from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
@@ -122,6 +123,14 @@ def recover(
         raise ValueError(
             f"the rung qat needs at least 2 training batches, one of them held out; found {len(train)}"
         )
+    found = sum(map(size_of, calibration))
+    if found < recipe.calibration.samples:
+        raise ValueError(
+            f"calibration: {recipe.calibration.samples} samples asked, {found} found; "
+            "bring more, or ask for fewer"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("recover writes one folder from one process; under torchrun call recoup.train")
     plan = resolve(model, recipe)
     preflight(model, plan, recipe.export.target)
     target = target_named(recipe.export.target)

@@ -3,10 +3,10 @@
 `fake_quantizer.py` is one tensor, `modules.py` the prepared modules, `coded.py` the converted ones.
 """
 
-from recoup.nn.call import Batch, call, size_of
-from recoup.nn.coded import CODED_MODULES, CodedEmbedding, CodedLinear, Codes
+from recoup.nn.call import Batch, call, device_of, moved, size_of
+from recoup.nn.coded import CODED_MODULES, CodedEmbedding, CodedLinear, CodedModule, Codes, is_coded
 from recoup.nn.fake_quantizer import FakeQuantizer, quantization_off
-from recoup.nn.modules import QUANT_MODULES, QuantEmbedding, QuantLinear, QuantModule, quant_type
+from recoup.nn.modules import QUANT_MODULES, QuantEmbedding, QuantLinear, QuantModule, is_prepared, quant_type
 
 __all__ = [
     "CODED_MODULES",
@@ -14,12 +14,17 @@ __all__ = [
     "Batch",
     "CodedEmbedding",
     "CodedLinear",
+    "CodedModule",
     "Codes",
     "FakeQuantizer",
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",
     "call",
+    "device_of",
+    "is_coded",
+    "is_prepared",
+    "moved",
     "quant_type",
     "quantization_off",
     "size_of",

@@ -1,8 +1,10 @@
 """How a model is called with a batch."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -15,6 +17,23 @@ def call(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, (list, tuple)):
         return model(*batch)
     return model(batch)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return {name: move(value) for name, value in batch.items()}
+    return move(batch) if isinstance(batch, Tensor) else tuple(map(move, batch))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer lies; the CPU for a model that has none."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def size_of(batch: Batch) -> int:

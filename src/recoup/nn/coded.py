@@ -3,7 +3,7 @@
 Codes lie one to a byte, in the weight's own shape; packing them is the exporter's business.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,6 @@ class Codes(LatticeState):
         return dequantize(self.codes, self.qparams, self.spec).to(self.dtype)
 
 
-@runtime_checkable
 class CodedModule(Protocol):
     """What exporters know of a converted module."""
 
@@ -91,3 +90,8 @@ class CodedEmbedding(nn.Module):
 
 
 CODED_MODULES: dict[type[nn.Module], Any] = {QuantLinear: CodedLinear, QuantEmbedding: CodedEmbedding}
+
+
+def is_coded(module: nn.Module) -> TypeGuard[CodedModule]:
+    """A converted module."""
+    return type(module) in CODED_MODULES.values()

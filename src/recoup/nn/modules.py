@@ -6,7 +6,7 @@ stay tied, and a fake quantizer for every tensor that its scheme names. Its forw
 
 import copy
 import sys
-from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from recoup.schemes import Scheme
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@runtime_checkable
 class QuantModule(Protocol):
     """What `prepare`, `calibrate` and `convert` know of a quantized module."""
 
@@ -117,6 +116,14 @@ QUANT_MODULES: dict[str, type[QuantModule]] = {
     "torch.nn.Linear": QuantLinear,
     "torch.nn.Embedding": QuantEmbedding,
 }
+
+
+def is_prepared(module: nn.Module) -> TypeGuard[QuantModule]:
+    """A quantized twin.
+
+    Not isinstance of the protocol: from Python 3.12 on that does not see Parameters.
+    """
+    return type(module) in QUANT_MODULES.values()
 
 
 def quant_type(module: nn.Module) -> type[QuantModule] | None:

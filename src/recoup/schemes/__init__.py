@@ -4,7 +4,7 @@ from recoup.schemes.limit import Limit
 from recoup.schemes.parse import parse
 from recoup.schemes.plan import Plan
 from recoup.schemes.presets import PRESETS, preset
-from recoup.schemes.recipe import Recipe, Rule
+from recoup.schemes.recipe import Recipe, Rule, TrainSettings
 from recoup.schemes.scheme import Scheme
 
-__all__ = ["PRESETS", "Limit", "Plan", "Recipe", "Rule", "Scheme", "parse", "preset"]
+__all__ = ["PRESETS", "Limit", "Plan", "Recipe", "Rule", "Scheme", "TrainSettings", "parse", "preset"]

@@ -16,7 +16,7 @@ class Limit(BaseModel):
     '0.5'
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     relative: float | None = Field(default=None, ge=0)
     absolute: float | None = Field(default=None, ge=0)

@@ -4,7 +4,7 @@ Every section forbids unknown keys. `Recipe.load` turns the first mistake into o
 the key and the nearest legal spelling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
     model_validator,
 )
 
@@ -31,6 +32,8 @@ LOSSES = ("task", "logits-kl", "hidden-mse", "hidden-cosine", "embedding-mse", "
 
 
 def _scheme(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _SCHEMES.validate_python(value)
     return preset(value) if isinstance(value, str) else value
 
 
@@ -38,11 +41,18 @@ def _scheme_or_none(value: Any) -> Any:
     return None if value == "none" else _scheme(value)
 
 
-def _name_of(scheme: Scheme | None) -> str:
-    return "none" if scheme is None else scheme.name
+def _as_written(scheme: Scheme | None) -> str | dict[str, Any]:
+    """A preset by its name, a scheme of one's own spec by spec."""
+    if scheme is None:
+        return "none"
+    try:
+        return scheme.name if preset(scheme.name) == scheme else _SCHEMES.dump_python(scheme, mode="json")
+    except ValueError:
+        return _SCHEMES.dump_python(scheme, mode="json")
 
 
-_ByName = PlainSerializer(_name_of, return_type=str)
+_SCHEMES = TypeAdapter(Scheme)
+_Written = PlainSerializer(_as_written)
 
 
 def _known_losses(value: str | dict[str, float]) -> str | dict[str, float]:
@@ -69,7 +79,7 @@ class Rule(_Section):
     """
 
     match: str = Field(min_length=1)
-    scheme: Annotated[Scheme | None, BeforeValidator(_scheme_or_none), _ByName]
+    scheme: Annotated[Scheme | None, BeforeValidator(_scheme_or_none), _Written]
 
 
 class CalibrationSettings(_Section):
@@ -103,7 +113,7 @@ class TrainSettings(_Section):
         scale_learning_rate: of learned scales; the weights' where absent.
         weight_decay: of the weights; scales, biases and norms have none.
         warmup: steps over which the learning rate rises from 0.
-        start_step: quantization is off before this step.
+        start_step: quantization is off for so many steps first.
         clip_norm: gradients are scaled down to this norm.
         accumulate: batches per optimizer step.
         precision: "bf16" is autocast; the master weights are float32 either way.
@@ -166,7 +176,7 @@ class Recipe(_Section):
     ('rtn', 'mse', 'qat')
     """
 
-    scheme: Annotated[Scheme, BeforeValidator(_scheme), _ByName]
+    scheme: Annotated[Scheme, BeforeValidator(_scheme), _Written]
     task: TaskSettings | None = None
     rules: tuple[Rule, ...] = ()
     weight_ranges: Ranges | None = Field(

@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from recoup.nn import device_of
 from recoup.validate import Samples
 
 Batch = dict[str, Tensor]
@@ -43,11 +43,10 @@ def asking(model: nn.Module) -> Generator[torch.device]:
     A module without parameters and buffers (one that runs an exported file) is on the CPU.
     """
     modes = {module: module.training for module in model.modules()}
-    tensor = next(chain(model.parameters(), model.buffers()), None)
     model.eval()
     try:
         with torch.inference_mode():
-            yield torch.device("cpu") if tensor is None else tensor.device
+            yield device_of(model)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, FakeQuantizer, call
+from recoup.nn import Batch, FakeQuantizer, call, moved
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.losses import build_loss, needs_teacher
 
@@ -31,11 +31,11 @@ class Objective:
         self.teacher = None
         if needs_teacher(settings.loss):
             self.teacher = teacher.to(device).eval()
-        self.loss = build_loss(settings.loss, settings.temperature, self._taught(self.to_device(first)))
+        self.loss = build_loss(settings.loss, settings.temperature, self._taught(moved(first, device)))
 
     def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
         """The loss of one batch, a scalar with a gradient."""
-        batch = self.to_device(batch)
+        batch = moved(batch, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.loss(call(student, batch), self._taught(batch), batch)
 
@@ -52,12 +52,6 @@ class Objective:
     @torch.no_grad()
     def _taught(self, batch: Batch) -> Any:
         return None if self.teacher is None else call(self.teacher, batch)
-
-    def to_device(self, batch: Batch) -> Batch:
-        """The batch where student and teacher are."""
-        from accelerate.utils import send_to_device
-
-        return send_to_device(batch, self.device)
 
 
 def float_copy(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ the float model, and the best step by held-out loss. Devices and processes are a
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from recoup.nn import Batch, FakeQuantizer, quantization_off
+from recoup.nn import Batch, FakeQuantizer, device_of, moved, quantization_off
 from recoup.progress import progress
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.finite import NonFiniteLossError, first_nonfinite_module
@@ -56,8 +57,12 @@ def train(
 
     settings = settings or TrainSettings()
     _check(model, batches)
-    accelerator = Accelerator(gradient_accumulation_steps=settings.accumulate)
+    # Unless told that it runs on the CPU, accelerate takes the processes of torchrun for so many single ones.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=settings.accumulate
+    )
     teacher = float_copy(model) if teacher is None else teacher
+    home = device_of(model)
     modes = {module: module.training for root in (model, teacher) for module in root.modules()}
     objective = Objective(settings, teacher, accelerator.device, batches[0])
     optimizer = torch.optim.AdamW(
@@ -71,7 +76,7 @@ def train(
     def step_once(step: int) -> float:
         total = 0.0
         for _ in range(settings.accumulate):
-            batch = objective.to_device(next(stream))
+            batch = moved(next(stream), accelerator.device)
             with accelerator.accumulate(wrapped), _delayed(model, step <= settings.start_step):
                 loss = objective(wrapped, batch)
                 total += _finite(loss, step, model, batch) / settings.accumulate
@@ -98,6 +103,7 @@ def train(
         best.restore()
     finally:
         accelerator.free_memory()
+        model.to(home)
         for module, mode in modes.items():
             module.training = mode
     return model
@@ -146,7 +152,7 @@ def _stream(batches: Sequence[Batch], process: int, processes: int) -> Iterator[
 
 
 def _delayed(model: nn.Module, delayed: bool) -> Any:
-    return quantization_off(model) if delayed else torch.enable_grad()
+    return quantization_off(model) if delayed else nullcontext()
 
 
 def _finite(value: Tensor, step: int, model: nn.Module, batch: Batch) -> float:

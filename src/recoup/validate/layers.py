@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import CODED_MODULES, Batch, call, quantization_off
+from recoup.nn import CODED_MODULES, Batch, call, device_of, moved, quantization_off
 
 
 @torch.no_grad()
@@ -34,12 +34,12 @@ def layer_errors(model: nn.Module, batch: Batch) -> dict[str, float]:
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
-        if isinstance(module, tuple(CODED_MODULES))
+        if type(module) in CODED_MODULES
     ]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        call(model, batch)
+        call(model, moved(batch, device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

@@ -22,7 +22,7 @@ class Rung:
     """One attempt, measured: a rung of the ladder, or the exported file read back.
 
     Args:
-        name: as in "rtn", "gptq", "qat".
+        name: as in "rtn", "mse", "qat".
         metrics: metric -> aggregate.
         verdicts: one for each gate.
         seconds: what the attempt took.
