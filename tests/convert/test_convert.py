@@ -208,3 +208,12 @@ def test_inside_quantization_off_nothing_is_converted() -> None:
 def test_a_float_model_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to convert: the model has no prepared modules"):
         convert(MLP())
+
+
+def test_a_weight_that_training_broke_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(32, 4))
+    prepare(model, resolve(model, "w4a16"))
+    model[0].weight.data[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"^0\.weight: holds values that are not finite"):
+        convert(model)
+    assert model[0].weight[0, 0].isfinite()

@@ -1,4 +1,4 @@
-"""Every name that DESIGN promises, and what a name says: bits, inputs, groups."""
+"""The presets, by the names that the project promises."""
 
 import re
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from recoup.schemes import PRESETS, Limit, Recipe
+from recoup.schemes import PRESETS, Limit, Recipe, Rule, Scheme
 from tests.models import SCHEMES, recipe
 
 GATE = "scheme: w4a16\ngates: [{metric: perplexity, "
@@ -252,3 +252,18 @@ def test_a_limit_is_a_share_of_the_size_of_the_baseline() -> None:
 
 def test_the_table_of_schemes_holds_every_preset() -> None:
     assert set(PRESETS) < {scheme.name for scheme in SCHEMES}
+
+
+def test_a_scheme_of_ones_own_is_written_out_and_read_back(tmp_path: Path) -> None:
+    own = Scheme(name="mine", weights=PRESETS["nvfp4"].weights, inputs=PRESETS["w8a8-ort"].inputs)
+    written = Recipe(scheme=own, rules=[Rule(match="a", scheme=own)])
+    (tmp_path / "recipe.yaml").write_text(written.dump())
+    assert Recipe.load(tmp_path / "recipe.yaml") == written
+    renamed = Scheme(name="w4a16", weights=own.weights)  # the name of a preset, but not its numbers
+    assert Recipe(scheme=renamed).dump() != Recipe(scheme="w4a16").dump()
+
+
+@pytest.mark.parametrize("limit", ["inf%", "nan%", {"absolute": float("inf")}])
+def test_a_limit_is_finite(limit: object) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        Limit.model_validate(limit)

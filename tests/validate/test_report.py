@@ -328,3 +328,10 @@ def test_importing_the_room_loads_no_plotting():
     code = "import sys, recoup.validate; print('matplotlib' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "False"
+
+
+def test_the_first_look_has_no_loss_yet():
+    """Training records step 0 before it has trained: a held-out loss alone."""
+    report = dataclasses.replace(PASSED, curve=[{"step": 0, "held_out": 2.0}, *PASSED.curve])
+    assert f"{PASSED.curve[0]['loss']:.4g}" in markdown(report)
+    assert Page(html(report)).has("Training")
