@@ -20,7 +20,7 @@ def compare_costs(
     load: Callable[[Path], nn.Module],
     size_bytes: Callable[[Path], int],
     peak_bytes: Callable[[Path, Batch], int],
-    repeats: int = 21,
+    repeats: int = 11,
 ) -> tuple[Cost, Cost]:
     """Size on disk, median latency and peak memory of two artefacts.
 
