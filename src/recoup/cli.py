@@ -15,7 +15,12 @@ from rich.console import Console
 EXIT_CODES = {"passed": 0, "failed": 1, "undecided": 3}
 WRONG_INPUT, BUG, INTERRUPTED = 2, 70, 130
 
-app = App(name="recoup", help="Recover the quality that quantization costs.", result_action="return_value")
+app = App(
+    name="recoup",
+    help="Recover the quality that quantization costs.",
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `_run` says how to go on
+)
 
 
 @app.command

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from recoup.calibrate.observers import OBSERVERS, MinMax, Observer
-from recoup.nn import Batch, FakeQuantizer, call, device_of, is_prepared, moved, quantization_off, size_of
+from recoup.nn import (
+    Batch,
+    FakeQuantizer,
+    call,
+    device_of,
+    is_prepared,
+    moved,
+    quantization_off,
+    size_of,
+    without_labels,
+)
 from recoup.numerics import QuantSpec, per_tensor
 from recoup.progress import watched
 
@@ -53,7 +63,7 @@ def calibrate(
         raise ValueError(
             f"calibration: {samples or 1} samples asked, {found} found; bring more, or ask for fewer"
         )
-    model.recoup_example = taken[0]  # pyright: ignore[reportArgumentType]
+    model.recoup_example = without_labels(taken[0])  # pyright: ignore[reportArgumentType]
 
     weights = {module.weight_quantizer: module for module in model.modules() if is_prepared(module)}
     observers: dict[FakeQuantizer, Observer] = {

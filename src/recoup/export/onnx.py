@@ -51,6 +51,11 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     low = [n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]
     if low:
         raise ValueError(f"onnx: {low[0]} is not float32; call model.float() before recoup.prepare")
+    values = example.values() if isinstance(example, Mapping) else _positional(example)
+    if not all(isinstance(value, Tensor) for value in values):
+        raise ValueError(
+            "onnx: the example holds values that are no tensors; a file has only tensors as inputs"
+        )
     example = _first_two(example)
     outputs = output_names(model, example)
     with _closed(model) as coded:

@@ -24,7 +24,7 @@ from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, rung_json
 from recoup.ladder.facts import facts_of
 from recoup.ladder.run_folder import PLAN, RUN, RunFolder
-from recoup.nn import Batch, size_of
+from recoup.nn import Batch, size_of, without_labels
 from recoup.prepare import prepare, resolve
 from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
@@ -134,30 +134,29 @@ def recover(
     plan = resolve(model, recipe)
     preflight(model, plan, recipe.export.target)
     target = target_named(recipe.export.target)
+    before = None if baseline is None else _askable(baseline, gates)
     run = RunFolder(folder, recipe)
     torch.manual_seed(recipe.seed)
 
+    example = without_labels(calibration[0])
     known = {**facts_of(model, calibration, recipe), **(facts or {})}
     account = explain(model, plan)
-    say("measuring the float model")
-    before = Samples.of(evaluate(model) if baseline is None else baseline)
-    for gate in gates:
-        gate.check(before, before)
+    if before is None:
+        say("measuring the float model")
+        before = _askable(evaluate(model), gates)
     run.record("baseline", metrics=before.summary())
     say(f"float: {_line(before.summary())}")
 
     with tempfile.TemporaryDirectory() as float_folder:
         with busy("writing the float file"):
-            target.write(model, Path(float_folder), calibration[0])
+            target.write(model, Path(float_folder), example)
         prepare(model, plan)
         run.write_json(PLAN, plan.to_json())
         climb = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say)
         chosen = climb.to_the_first_that_passes()
         shipped = None
         if chosen.outcome != "failed":
-            shipped = _ship(
-                model, recipe, run, Path(float_folder), calibration[0], gates, before, evaluate, say
-            )
+            shipped = _ship(model, recipe, run, Path(float_folder), example, gates, before, evaluate, say)
             known["parity"] = str(shipped.parity)
     final = chosen if shipped is None else shipped.rung
     costs = (None, None) if shipped is None else shipped.costs
@@ -257,6 +256,14 @@ def _gates(recipe: Recipe) -> list[Gate]:
         )
         for g in recipe.gates
     ]
+
+
+def _askable(result: Samples | Mapping[str, Any], gates: list[Gate]) -> Samples:
+    """A baseline of which every gate can be asked."""
+    samples = Samples.of(result)
+    for gate in gates:
+        gate.check(samples, samples)
+    return samples
 
 
 def _line(metrics: Mapping[str, float]) -> str:

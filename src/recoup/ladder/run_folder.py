@@ -59,9 +59,13 @@ def finished(path: str | Path, recipe: Recipe) -> dict[str, Any] | None:
 
     Raises:
         ValueError: the folder holds something else.
+        OSError: it does not exist and cannot be made.
     """
     folder = Path(path)
     if not folder.exists():
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise OSError(f"{folder}: cannot be made in {parent}; choose another folder")
         return None
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file; a run needs a folder")

@@ -3,7 +3,7 @@
 `fake_quantizer.py` is one tensor, `modules.py` the prepared modules, `coded.py` the converted ones.
 """
 
-from recoup.nn.call import Batch, call, device_of, moved, size_of
+from recoup.nn.call import Batch, call, device_of, moved, size_of, without_labels
 from recoup.nn.coded import CODED_MODULES, CodedEmbedding, CodedLinear, CodedModule, Codes, is_coded
 from recoup.nn.fake_quantizer import FakeQuantizer, quantization_off
 from recoup.nn.modules import QUANT_MODULES, QuantEmbedding, QuantLinear, QuantModule, is_prepared, quant_type
@@ -28,4 +28,5 @@ __all__ = [
     "quant_type",
     "quantization_off",
     "size_of",
+    "without_labels",
 ]

@@ -30,6 +30,11 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     return move(batch) if isinstance(batch, Tensor) else tuple(map(move, batch))
 
 
+def without_labels(batch: Batch) -> Batch:
+    """The batch as a deployed model sees it, without the `labels` that transformers' losses take."""
+    return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's first parameter or buffer lies; the CPU for a model that has none."""
     tensor = next(chain(model.parameters(), model.buffers()), None)

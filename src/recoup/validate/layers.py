@@ -22,17 +22,19 @@ def layer_errors(model: nn.Module, batch: Batch) -> dict[str, float]:
     """
     errors: dict[str, float] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def compare(module: nn.Module, inputs: tuple[Any, ...], quantized: Tensor) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def compare(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], quantized: Tensor
+        ) -> None:
             with quantization_off(module):
-                exact: Tensor = module.forward(*inputs)
+                exact: Tensor = module.forward(*args, **kwargs)
             norm = exact.double().norm().clamp(min=torch.finfo(torch.float32).tiny)
             errors[name] = float((quantized.double() - exact.double()).norm() / norm)
 
         return compare
 
     handles = [
-        module.register_forward_hook(hook(name))
+        module.register_forward_hook(hook(name), with_kwargs=True)
         for name, module in model.named_modules()
         if type(module) in CODED_MODULES
     ]

@@ -1,0 +1,1 @@
+"""What is written, and the proof that it is what was trained."""

@@ -1,0 +1,291 @@
+"""The verb: what it refuses, what it leaves behind, and what it takes as a model and a batch."""
+
+import copy
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from recoup import Recipe, Scheme, convert, export, prepare, ptq, resolve
+from recoup.engines.onnxruntime import OnnxModel
+from recoup.export import TARGETS, Parity, ParityError, preflight
+from recoup.nn import Codes
+from recoup.numerics import per_group
+from recoup.schemes import PRESETS
+
+from .conftest import Exported
+
+writer = importlib.import_module("recoup.export.onnx")
+verb = importlib.import_module("recoup.export.export")
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(96, 8)
+        self.table = nn.Embedding(4, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def small() -> nn.Module:
+    """Prepared, calibrated."""
+    return ptq(Tiny(), "w4a16", [torch.randn(2, 96)])
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A target that writes a file and proves nothing: for what is not about ONNX. The folders written."""
+    folders: list[Path] = []
+
+    def write(model: nn.Module, folder: Path, example: Any) -> None:
+        (folder / "model.onnx").write_text("a model")
+        folders.append(folder)
+
+    proven = Parity(modules=1, codes=1, scales=1, worst_module=0.0, end_to_end=0.0)
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], write=write, verify=lambda *_: proven))
+    return folders
+
+
+UNSUPPORTED: dict[str, tuple[Scheme | str, str, str]] = {
+    "fp8": ("fp8", "layer", "e4m3 weights with"),
+    "mxfp4": ("mxfp4", "layer", "e2m1 weights with"),
+    "nvfp4": ("nvfp4", "layer", "e2m1 weights with"),
+    "w4afp8": ("w4afp8", "layer", "e4m3 inputs with"),
+    "groups of 24": ("w4a16-g24", "layer", "groups of a power of two from 16 up"),
+    "groups of 8": ("w4a16-g8", "layer", "groups of a power of two from 16 up"),
+    "2-bit weights and inputs in blocks of 16": ("w2a8-ort-g16", "layer", "groups of 32, 64 or 128"),
+    "embedding per channel": (
+        Scheme(name="rows", weights=PRESETS["w8a8"].weights), "table", "embeddings need integer weights in"),
+    "blocks that are not the weights'": (
+        replace(PRESETS["w4a8-ort"], name="mixed", weights=replace(PRESETS["w4a8-ort"].weights,
+                                                                   granularity=per_group(16))),
+        "layer", "inputs int8 per g32, dynamic (narrow) have no kernel there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "path", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_what_the_engine_cannot_run_is_refused_before_any_work(
+    scheme: Scheme | str, path: str, reason: str, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate({"scheme": "w4a16", "rules": [{"match": path, "scheme": scheme}]})
+    model = Tiny()
+    plan = resolve(model, recipe)
+    with pytest.raises(ValueError, match="does not run in onnxruntime") as error:
+        preflight(model, plan, "onnx")
+    message = str(error.value)
+    assert message.startswith(f"{path}: scheme {plan.modules[path]!r}")
+    assert reason in message
+    runs = "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort" if path == "layer" else "w8a16, w4a16"
+    assert f"{runs} and their relatives do" in message
+    assert "\n" not in message
+    if path == "layer" and plan[path].inputs is None:
+        prepare(model, plan)
+        with pytest.raises(ValueError, match=r"layer: scheme .* does not run in onnxruntime"):
+            export(model, tmp_path / "out", "onnx", example=torch.randn(2, 96))
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w2a8-ort", "w8a8-static"])
+def test_preflight_lets_through_what_runs(name: str) -> None:
+    preflight(Tiny(), resolve(Tiny(), name), "onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("onxx", "did you mean 'onnx'"), ("gguf", "this version writes onnx")]
+)
+def test_an_unknown_target_gets_the_nearest(name: str, hint: str, tmp_path: Path) -> None:
+    message = f"no export target {name!r}; {hint}"
+    with pytest.raises(ValueError, match=message):
+        export(small(), tmp_path / "out", name)
+    with pytest.raises(ValueError, match=message):
+        preflight(Tiny(), resolve(Tiny(), "w4a16"), name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, written: list[Path]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file"):
+        with pytest.raises(ValueError, match=rf"{name}: exists and is not empty; choose another folder"):
+            export(small(), tmp_path / name, "onnx")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    assert not written
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path, written: list[Path]) -> None:
+    (tmp_path / "out").mkdir()
+    export(small(), tmp_path / "out", "onnx")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "parity.json"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_nothing_is_left_behind_when_the_proof_fails(
+    tmp_path: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify(model: nn.Module, folder: Path, example: Any) -> Parity:
+        assert (folder / "model.onnx").is_file()
+        raise ParityError("layer: no")
+
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], verify=verify))
+    with pytest.raises(ParityError, match="layer: no"):
+        export(small(), tmp_path / "out", "onnx")
+    assert written
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_ready_is_refused(tmp_path: Path, written: list[Path]) -> None:
+    example = torch.randn(2, 96)
+    with pytest.raises(ValueError, match="nothing to convert: the model has no prepared modules"):
+        export(Tiny(), tmp_path / "out", "onnx", example=example)
+    model = prepare(Tiny(), resolve(Tiny(), "w8a8-static"))
+    with pytest.raises(ValueError, match=r"layer\.input: its range is not known"):
+        export(model, tmp_path / "out", "onnx", example=example)
+    assert not written
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_example_it_asks_for_one(tmp_path: Path, written: list[Path]) -> None:
+    model = prepare(Tiny(), resolve(Tiny(), "w4a16"))
+    with pytest.raises(ValueError, match=r"pass example=batch, or calibrate first"):
+        export(model, tmp_path / "out", "onnx")
+    export(model, tmp_path / "out", "onnx", example=torch.randn(1, 96))
+
+
+class Processor:
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("mine")
+
+
+class Configured(Tiny):
+    """A model with a config, as transformers' have."""
+
+    def __init__(self, folder: str = "") -> None:
+        super().__init__()
+        self.config = type("Config", (), {"_name_or_path": folder})()
+
+
+def test_a_processor_is_saved_into_the_folder(tmp_path: Path, written: list[Path]) -> None:
+    model = ptq(Configured(), "w4a16", [torch.randn(2, 96)])
+    export(model, tmp_path / "out", "onnx", processor=Processor())
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "mine"
+
+
+def test_a_processor_is_copied_from_the_models_folder(tmp_path: Path, written: list[Path]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.json", "vocab.txt", "config.json", "model.safetensors"):
+        (source / name).write_text(name)
+    export(ptq(Configured(str(source)), "w4a16", [torch.randn(2, 96)]), tmp_path / "out", "onnx")
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"tokenizer.json", "vocab.txt", "config.json", "model.onnx", "parity.json"}
+
+
+def test_a_model_that_was_not_loaded_takes_nothing_from_the_working_directory(
+    tmp_path: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_text("of something else")
+    with pytest.warns(UserWarning, match="no tokenizer or image processor; pass processor="):
+        export(ptq(Configured(), "w4a16", [torch.randn(2, 96)]), "out", "onnx")
+    assert {path.name for path in Path("out").iterdir()} == {"model.onnx", "parity.json"}
+
+
+def test_converted_before_or_by_export_the_stored_tensors_are_the_same(
+    chain: Exported, tmp_path: Path
+) -> None:
+    export(convert(copy.deepcopy(chain.model)), tmp_path / "again", "onnx", example=torch.randn(3, 64))
+    again = onnx.load(tmp_path / "again" / "model.onnx")
+    first, second = (
+        {tensor.name: numpy_helper.to_array(tensor).tobytes() for tensor in file.graph.initializer}
+        for file in (chain.file, again)
+    )
+    assert first == second
+    assert any(name.endswith(".codes") for name in first)
+
+
+class Returning(nn.Module):
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.what(x, y)
+
+
+def test_positional_batches_and_tuples(tmp_path: Path) -> None:
+    model = Returning(lambda x, y: (x + y, x * y))
+    writer.write(model, tmp_path, (torch.randn(2, 3), torch.randn(2, 3)))
+    x, y = torch.randn(2, 5, 3)
+    first, second = OnnxModel(tmp_path)(x, y).values()
+    assert torch.equal(first, x + y)
+    assert torch.equal(second, x * y)
+    assert OnnxModel(tmp_path).outputs == ["0", "1"]
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda x, y: {"loss": x, "cache": [y]}, "output 'cache' is a list"),
+        (lambda x, y: (x, None), "output '1' is a NoneType"),
+        (lambda x, y: "text", "output '' is a str"),
+    ],
+)
+def test_a_model_that_returns_more_than_tensors_is_refused(what: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"onnx: {message}; a file has only tensors as outputs"):
+        writer.write(Returning(what), tmp_path, (torch.randn(2, 3), torch.randn(2, 3)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_transformers_model_with_quantized_embeddings(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=16,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=8,
+    )
+    rules = {"embeddings.word_embeddings": "w8a16", "embeddings.position_embeddings": "w4a16"}
+    rules["embeddings.token_type_embeddings"] = "w2a16"
+    recipe = {"scheme": "w4a16", "rules": [{"match": m, "scheme": s} for m, s in rules.items()]}
+    batch = bert_batch(2, 6)
+    model = ptq(BertModel(config).eval(), Recipe.model_validate(recipe), [batch])
+    parity = export(model, tmp_path / "out", "onnx", processor=Processor())
+    assert parity.modules == 10
+    engine, other = OnnxModel(tmp_path / "out"), bert_batch(3, 8)
+    assert engine.inputs == list(batch)
+    exact = copy.deepcopy(convert(copy.deepcopy(model))).double()
+    for module in exact.modules():
+        if isinstance(module, Codes):
+            module.dtype = torch.float64
+    with torch.no_grad():
+        truth, prepared, found = exact(**other), model(**other), engine(**other)
+    assert set(found) == {"last_hidden_state", "pooler_output"}
+    for name in found:
+        assert found[name].shape == truth[name].shape
+        # Both are one function in float32, in another order of summation.
+        assert rms(found[name] - truth[name]) <= 10 * rms(prepared[name] - truth[name])
+    assert json.loads((tmp_path / "out" / "parity.json").read_text())["modules"] == 10
+
+
+def bert_batch(samples: int, tokens: int) -> dict[str, Tensor]:
+    mask = torch.ones(samples, tokens, dtype=torch.int64)
+    mask[0, tokens // 2 :] = 0
+    return {"input_ids": torch.randint(0, 16, (samples, tokens)), "attention_mask": mask}
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())

@@ -1,0 +1,117 @@
+"""A small classifier, a scripted evaluation, and a target that costs nothing."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recoup import Recipe
+from recoup.export import TARGETS, Parity
+from recoup.validate import Report, markdown
+
+WIDTH = 32
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.down = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(torch.relu(self.down(torch.relu(self.up(x)))))}
+
+
+def batches(count: int, samples: int = 32) -> list[dict[str, Tensor]]:
+    return [{"x": torch.randn(samples, WIDTH)} for _ in range(count)]
+
+
+def labels(x: Tensor) -> Tensor:
+    return x[:, :4].argmax(dim=1)
+
+
+@pytest.fixture(scope="session")
+def fitted_state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for batch in batches(200, 64):
+        F.cross_entropy(model(**batch)["logits"], labels(batch["x"])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+@pytest.fixture
+def model(fitted_state: dict[str, Tensor]) -> Classifier:
+    model = Classifier()
+    model.load_state_dict(fitted_state)
+    return model.eval()
+
+
+def scripted(*right: float | Sequence[float], samples: int = 100) -> Callable[[nn.Module], dict[str, Any]]:
+    """An `evaluate` that finds so many samples right: of the float model, of each rung, of the file.
+
+    `evaluate.models` are the models that it was asked about.
+    """
+    left = list(right)
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        evaluate.models.append(model)
+        count = left.pop(0)
+        if isinstance(count, float):
+            return {"accuracy": [count] * samples}
+        return {"accuracy": [1] * count + [0] * (samples - count)}
+
+    evaluate.models = []
+    evaluate.left = left
+    return evaluate
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A target that writes the model with torch.save, a report without pictures, no type checks."""
+
+    def report(record: Report, folder: Path) -> None:
+        (folder / "report.md").write_text(markdown(record))
+        (folder / "report.html").write_text("no pictures")
+
+    def write(model: nn.Module, folder: Path, example: Any) -> None:
+        torch.save(model, folder / "model.pt")
+
+    monkeypatch.setitem(
+        TARGETS,
+        "onnx",
+        replace(
+            TARGETS["onnx"],
+            write=write,
+            verify=lambda *_: Parity(modules=2, codes=1, scales=1, worst_module=0.0, end_to_end=0.0),
+            load=lambda folder: torch.load(folder / "model.pt", weights_only=False),
+            size_bytes=lambda folder: (folder / "model.pt").stat().st_size,
+            peak_bytes=lambda folder, batch: 10**6,
+        ),
+    )
+    monkeypatch.setattr(importlib.import_module("recoup.ladder.ladder"), "write", report)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def recipe(scheme: str = "w2a8", **fields: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "scheme": scheme,
+            "gates": [{"metric": "accuracy", "max_decrease": "10%"}],
+            "calibration": {"samples": 64},
+            "train": {"steps": 3, "learning_rate": 1e-3, "evaluate_every": 2},
+        }
+        | fields
+    )
