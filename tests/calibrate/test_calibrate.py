@@ -226,6 +226,18 @@ def test_batches_of_every_kind(wrap: Callable[[Any], Any]) -> None:
     assert scales == [float(torch.tensor(5.0) / 127)] * 5
 
 
+def test_labels_are_no_part_of_the_example() -> None:
+    """They would become an input of the exported file."""
+
+    class Labelled(Renamed):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    x = BATCHES[0]
+    model = calibrate(prepared("w8a8-static", Labelled), [{"x": x, "labels": torch.zeros(len(x))}])
+    assert list(model.recoup_example) == ["x"]
+
+
 def counted(drawn: list[int], size: int = 4) -> Iterator[Tensor]:
     while True:
         drawn.append(size)

@@ -65,7 +65,7 @@ def finished(path: str | Path, recipe: Recipe) -> dict[str, Any] | None:
     if not folder.exists():
         parent = next(parent for parent in folder.absolute().parents if parent.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise OSError(f"{folder}: cannot be made in {parent}; choose another folder")
+            raise OSError(f"{folder}: cannot be written ({parent} is no folder to write in); choose another")
         return None
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file; a run needs a folder")

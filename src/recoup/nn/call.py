@@ -32,7 +32,9 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 def without_labels(batch: Batch) -> Batch:
     """The batch as a deployed model sees it, without the `labels` that transformers' losses take."""
-    return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {name: value for name, value in batch.items() if name != "labels"}
+    return batch
 
 
 def device_of(model: nn.Module) -> torch.device:
