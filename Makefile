@@ -20,5 +20,5 @@ test: .venv/.dev
 # A stamp is newer than what it was installed from, or the environment is brought up to date.
 .venv/.demo .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[$*]'
 	touch $@
