@@ -152,7 +152,9 @@ class _FakeQuantize(torch.autograd.Function):
             inside, slope = rounded == saturated, None
         ctx.save_for_backward(inside if spec.gradient == "clipped" else None, slope, global_scale)
         ctx.spec = spec
-        return (values * step).reshape(x.shape).to(x.dtype)
+        # The cast before the reshape: torch 2.11 drops the gradient of a compiled function that ends in a
+        # cast to the dtype it has already.
+        return (values * step).to(x.dtype).reshape(x.shape)
 
     @staticmethod
     @once_differentiable
