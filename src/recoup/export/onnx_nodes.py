@@ -11,8 +11,8 @@
 
 Two choices are the engine's. Accuracy level 1 is written out because the default lets a session quantize
 inputs that training left in float. Integer weights and inputs are stored as uint8 with zero point 128: on
-x86 without VNNI a product of uint8 and int8 saturates in 16 bits (3 % relative error measured), while two
-uint8 are exact everywhere and as fast. Codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
+x86 without VNNI the sum of two products of uint8 and int8 saturates in 16 bits, while that of two
+uint8 is exact everywhere. Codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,7 @@ One path serves all formats. With `step = scale * global_scale`:
     x^ = (q - zero_point) * step
 
 It divides by the step (ONNX and compressed-tensors do; torchao multiplies by the reciprocal, which
-moves 0.3 % of random codes by one), and it adds the zero point after rounding (ONNX again).
+moves some codes by one), and it adds the zero point after rounding (ONNX again).
 """
 
 from typing import Any, cast
