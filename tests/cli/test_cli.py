@@ -18,10 +18,12 @@ from recoup import cli
 from recoup.cli import _run
 from recoup.export import TARGETS, Parity, ParityError
 from recoup.train import NonFiniteLossError
+from recoup.validate import Cost
 from tests.tasks.conftest import model, model_files, settings
 
 __all__ = ["model", "model_files", "settings"]  # fixtures
 
+COST = Cost(bytes=1, seconds=0.001, peak_bytes=1, batch="16 x 32")
 TASK = """
 import torch
 
@@ -81,8 +83,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
             write=write,
             verify=lambda *_: Parity(modules=1, codes=1, scales=1, worst_module=0.0, end_to_end=0.0),
             load=lambda folder: torch.load(folder / "model.pt", weights_only=False),
-            size_bytes=lambda folder: 1,
-            peak_bytes=lambda folder, batch: 1,
+            costs=lambda folders, batch: (COST, COST),
         ),
     )
     monkeypatch.setattr(importlib.import_module("recoup.ladder.ladder"), "write", lambda record, folder: None)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from recoup import Recipe
 from recoup.export import TARGETS, Parity
-from recoup.validate import Report, markdown
+from recoup.validate import Cost, Report, markdown
 
 WIDTH = 32
+COST = Cost(bytes=400, seconds=0.004, peak_bytes=10**6, batch="2 x 32")
 
 
 class Classifier(nn.Module):
@@ -95,8 +96,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             write=write,
             verify=lambda *_: Parity(modules=2, codes=1, scales=1, worst_module=0.0, end_to_end=0.0),
             load=lambda folder: torch.load(folder / "model.pt", weights_only=False),
-            size_bytes=lambda folder: (folder / "model.pt").stat().st_size,
-            peak_bytes=lambda folder, batch: 10**6,
+            costs=lambda folders, batch: (COST, COST),
         ),
     )
     monkeypatch.setattr(importlib.import_module("recoup.ladder.ladder"), "write", report)

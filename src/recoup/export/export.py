@@ -19,6 +19,8 @@ from recoup.engines import onnxruntime
 from recoup.export.parity import Parity
 from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
 from recoup.schemes import Plan, Scheme
+from recoup.validate import Cost
+from recoup.validate.cost import compare_costs
 
 PARITY_FILE = "parity.json"
 _PROCESSOR_FILES = (
@@ -39,16 +41,14 @@ class Target:
         write: (converted or float model, folder, example).
         verify: (converted model, folder, example); raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
-        size_bytes: folder -> bytes on disk, of the model alone.
-        peak_bytes: (folder, batch) -> peak memory of a fresh process that runs the batch.
+        costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
     """
 
     check: Callable[[str, Scheme, type], None]
     write: Callable[[nn.Module, Path, Batch], None]
     verify: Callable[[nn.Module, Path, Batch], Parity]
     load: Callable[[Path], nn.Module]
-    size_bytes: Callable[[Path], int]
-    peak_bytes: Callable[[Path, Batch], int]
+    costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
 
 
 def _onnx_check(path: str, scheme: Scheme, kind: type) -> None:
@@ -69,14 +69,20 @@ def _onnx_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     return onnx_parity.verify(model, folder, example)
 
 
+def _onnx_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]:
+    return compare_costs(
+        folders, batch,
+        load=onnxruntime.OnnxModel, size_bytes=onnxruntime.size_bytes, peak_bytes=onnxruntime.peak_bytes,
+    )  # fmt: skip
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         check=_onnx_check,
         write=_onnx_write,
         verify=_onnx_verify,
         load=onnxruntime.OnnxModel,
-        size_bytes=onnxruntime.size_bytes,
-        peak_bytes=onnxruntime.peak_bytes,
+        costs=_onnx_costs,
     ),
 }
 

@@ -29,7 +29,6 @@ from recoup.prepare import prepare, resolve
 from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
 from recoup.validate import Cost, Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
-from recoup.validate.cost import compare_costs
 
 
 def ptq(
@@ -228,10 +227,7 @@ def _ship(
     for verdict in verdicts:
         say(f"  {verdict}")
     with busy("measuring size, speed and memory of both files"):
-        costs = compare_costs(
-            (float_folder, folder), example,
-            load=target.load, size_bytes=target.size_bytes, peak_bytes=target.peak_bytes,
-        )  # fmt: skip
+        costs = target.costs((float_folder, folder), example)
     for name, cost in zip(("float file", "exported file"), costs, strict=True):
         say(
             f"{name}: {cost.bytes / 1e6:.1f} MB, {1000 * cost.seconds:.1f} ms for {cost.batch}, "
