@@ -64,6 +64,73 @@ class Shared(nn.Module):
         return x
 
 
+class Residual(nn.Module):
+    """A small CNN as those for phones: depthwise and grouped convolutions, BatchNorm, ReLU6, a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()
+        )
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 16, 1, groups=2)
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.stem(pixel_values)
+        x = x + self.grouped(nn.functional.relu6(self.norm(self.depthwise(x))))
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+class Signal(nn.Module):
+    """Convolutions along one axis, of widths that groups divide, with the paddings that torch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(WIDTH, WIDTH, 3, padding="same", dilation=2, padding_mode="circular")
+        self.second = nn.Conv1d(WIDTH, WIDTH, 3, stride=2, padding=1, padding_mode="reflect")
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(torch.relu(self.first(x))).mean(dim=2))
+
+
+def gpt2() -> nn.Module:
+    """transformers' GPT-2 with one layer; its linear layers are of a type of their own, and transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=WORDS,
+        n_positions=8,
+        n_embd=WIDTH,
+        n_layer=1,
+        n_head=2,
+        n_inner=2 * WIDTH,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def llama() -> nn.Module:
+    """transformers' Llama with one layer, whose head is its embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
 def bert() -> nn.Module:
     """transformers' BertModel with one layer."""
     from transformers import BertConfig, BertModel
@@ -83,18 +150,61 @@ def features(samples: int = 2) -> Tensor:
     return torch.randn(samples, WIDTH)
 
 
+def images(samples: int = 2) -> Tensor:
+    return torch.randn(samples, 3, 8, 8)
+
+
+def signals(samples: int = 2) -> Tensor:
+    return torch.randn(samples, WIDTH, 7)
+
+
 def ids(samples: int = 2) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, WORDS, (samples, 4))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A kind of model, what becomes of its modules by default, and a batch for it."""
+    """A kind of model, what becomes of its modules by default, and a batch for it.
+
+    `refused` is the error of a scheme that the model cannot have; None for one that it can.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     batch: Callable[..., Batch]
     quantized: frozenset[str]
+    refused: Callable[[Scheme], str | None] = lambda scheme: None
+
+
+def no_scales_per_token(first: str) -> Callable[[Scheme], str | None]:
+    """What convolutions refuse, the first of them by this name."""
+
+    def refused(scheme: Scheme) -> str | None:
+        per = {"w4a8-ort": "g32", "w2a8-ort": "g32", "fp8-block": "g128", "nvfp4": "g16"}
+        per |= dict.fromkeys(("mxfp8", "mxfp6", "mxfp4"), "g32")
+        per |= dict.fromkeys(("w2a8", "w3a8", "w4a8", "w4afp8", "w8a8", "fp8"), "row")
+        if scheme.name not in per:
+            return None
+        return (
+            f"{first}: {scheme.name!r} has input scales per {per[scheme.name]}, but a convolution's input "
+            "has one for all; use w8a8-static, w8a8-ort, w8a8-ort-static or a weight-only scheme"
+        )
+
+    return refused
+
+
+def no_groups_either(first: str, columns: int) -> Callable[[Scheme], str | None]:
+    """What convolutions refuse whose sums are too short for groups."""
+
+    def refused(scheme: Scheme) -> str | None:
+        size = {"nvfp4a16": 16}.get(scheme.name, 32)
+        if message := no_scales_per_token(first)(scheme):
+            return message
+        if scheme.name in ("w8a8-static", "w8a8-ort", "w8a8-ort-static", "fp8-static"):
+            return None
+        return f"{first}: {columns} columns cannot be cut into groups of {size}; use per_channel"
+
+    return refused
 
 
 _BERT_LAYER = "encoder.layer.0"
@@ -116,6 +226,28 @@ MODELS = (
     ),
     Row(name="tied", build=Tied, batch=ids, quantized=frozenset({"block"})),
     Row(name="shared", build=Shared, batch=features, quantized=frozenset({"first", "later.0"})),
+    Row(
+        name="gpt2",
+        build=gpt2,
+        batch=ids,
+        quantized=frozenset(
+            f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        ),
+    ),
+    Row(
+        name="cnn",
+        build=Residual,
+        batch=images,
+        quantized=frozenset({"stem.0", "depthwise", "grouped"}),
+        refused=no_groups_either("stem.0", 27),
+    ),
+    Row(
+        name="conv1d",
+        build=Signal,
+        batch=signals,
+        quantized=frozenset({"first", "second"}),
+        refused=no_scales_per_token("first"),
+    ),
 )
 
 
@@ -134,8 +266,13 @@ def name_of(row: Any) -> str:
     return str(getattr(row, "name", row))
 
 
+PAIRS = [(row, scheme) for row in MODELS for scheme in SCHEMES if row.refused(scheme) is None]
+REFUSED = [(row, scheme) for row in MODELS for scheme in SCHEMES if row.refused(scheme) is not None]
+
 every_model = pytest.mark.parametrize("row", MODELS, ids=name_of)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+every_pair = pytest.mark.parametrize(("row", "scheme"), PAIRS, ids=name_of)
+every_refused_pair = pytest.mark.parametrize(("row", "scheme"), REFUSED, ids=name_of)
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
+from recoup.nn import quant_type
 from recoup.schemes import Plan
 
 
@@ -79,7 +80,8 @@ def explain(model: nn.Module, plan: Plan) -> Explanation:
         module, _, leaf = path.rpartition(".")
         bits, scheme, reason = 8.0 * parameter.element_size(), "float", plan.kept.get(path, "")
         if leaf == "weight" and module in plan.modules:
-            bits, scheme = plan[module].bits_per_weight(*parameter.flatten(1).shape), plan.modules[module]
+            matrix = _matrix(model.get_submodule(module))
+            bits, scheme = plan[module].bits_per_weight(*matrix.shape), plan.modules[module]
         after = round(parameter.numel() * bits / 8)
         rows.append(
             Row(
@@ -88,6 +90,12 @@ def explain(model: nn.Module, plan: Plan) -> Explanation:
             )
         )  # fmt: skip
     return Explanation(rows=rows)
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    kind = quant_type(module)
+    assert kind is not None, "resolve gives a scheme only to modules with a quantized form"
+    return kind.matrix(module)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Codes, FakeQuantizer, quant_type
-from recoup.schemes import Plan, Recipe, Rule, Scheme
+from recoup.nn import Codes, FakeQuantizer, is_prepared, quant_type
+from recoup.numerics import per_tensor
+from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
 
 # The last layer, by the names that libraries give it: most sensitive, and least worth quantizing.
 HEADS = frozenset(
@@ -29,15 +30,17 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     In this order: the first rule that matches decides; tied parameters, heads, embeddings and norms are
     kept; every other module with a quantized form gets the recipe's scheme. A rule matches a module by
     its name or by that of a module around it; the model itself has no name, so its own parameters are
-    matched by theirs. Never changes the model.
+    matched by theirs. Modules that share one weight share its numbers: rules quantize all of them, with the
+    same weights and whatever inputs, or none. Never changes the model.
 
     Args:
         model: a float model.
         recipe: or a scheme, or a scheme's name.
 
     Raises:
-        ValueError: a rule that matches nothing; a layer that its groups do not divide; a large parameter
-            in a module that has no quantized form, and no rule that keeps it; nothing to quantize.
+        ValueError: a rule that matches nothing; a layer that its groups do not divide, or whose inputs
+            cannot have the scheme's; tied weights that are not quantized alike; a large parameter in a
+            module that has no quantized form, and no rule that keeps it; nothing to quantize.
 
     >>> import torch
     >>> resolve(torch.nn.Sequential(torch.nn.Linear(32, 4)), "w4a16").modules
@@ -68,13 +71,15 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
                         f"two different schemes are called {decision.name!r}; give them two names"
                     )
                 modules[name] = decision.name
+    plan = Plan(schemes=schemes, modules=modules, kept=kept)
+    _tied_weights_are_alike(model, plan)
     _nothing_large_is_left_out(model, kept)
     if not modules:
         raise ValueError(
             "nothing to quantize: "
             + (f"every module is kept ({_reasons(kept)})" if kept else "no parameters")
         )
-    return Plan(schemes=schemes, modules=modules, kept=kept)
+    return plan
 
 
 def prepare(model: nn.Module, plan: Plan) -> nn.Module:
@@ -82,16 +87,18 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
 
     Weights are calibrated by min and max at once; inputs with static ranges wait for `calibrate`.
     Parameters are shared with the float modules, never copied, so an optimizer made earlier still trains
-    them. To resume, prepare a fresh model and `load_state_dict` strictly.
+    them; modules with one weight get one quantizer for it, whose learned scales train once. To resume,
+    prepare a fresh model and `load_state_dict` strictly.
 
     Raises:
-        ValueError: the plan names a module that the model lacks or that is prepared already, a weight is
-            not finite, or torch would run the layer around a module without asking it; the model is then as
-            it was.
+        ValueError: the plan names a module that the model lacks or that is prepared already, does not fit
+            the model, a weight is not finite, or torch would run the layer around a module without asking
+            it; the model is then as it was.
     """
     modules = dict(model.named_modules())
     _no_fast_path(modules, plan)
     twins: dict[nn.Module, nn.Module] = {}
+    quantizers: dict[Tensor, FakeQuantizer] = {}
     for name in plan.modules:
         module = modules.get(name)
         if module is None:
@@ -101,7 +108,11 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
         twin = quant_type(module)
         if twin is None:
             raise ValueError(f"{name}: a {_type_name(module)} has no quantized form, or is prepared already")
-        twins[module] = twin.from_float(module, plan[name], name)
+        _fits(name, module, plan[name])
+        prepared = twins[module] = twin.from_float(module, plan[name], name)
+        assert is_prepared(prepared)
+        prepared.weight_quantizer = quantizers.setdefault(prepared.weight, prepared.weight_quantizer)
+    _tied_weights_are_alike(model, plan)
     if model in twins:
         raise ValueError("the model is itself the only layer; wrap it, as in nn.Sequential(model)")
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -110,7 +121,7 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, str]) -> Scheme | str:
+def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, list[str]]) -> Scheme | str:
     """The scheme of a module, or the reason why its parameters are kept."""
     kind = quant_type(module)
     rule = next((rule for rule in recipe.rules if _matches(rule, name)), None)
@@ -122,16 +133,11 @@ def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, str]) 
             if "norm" in type(module).__name__.lower()
             else f"no quantized form of {_type_name(module)}"
         )
-    if name in tied:
-        if rule is not None:
-            raise ValueError(
-                f"{name}: rule {rule.match!r} quantizes it, but its weight is tied to {tied[name]}; "
-                f"untie them, or keep it with {{match: {name}, scheme: none}}"
-            )
-        return f"tied to {tied[name]}"
     if rule is not None and rule.scheme is not None:
         return _with_ranges(rule.scheme, recipe)
-    if not kind.has_float_inputs:
+    if name in tied:
+        return f"tied to {tied[name][0]}"
+    if kind.inputs_are == "ids":
         return "embedding, kept unless a rule names it"
     if name.rpartition(".")[2] in HEADS:
         return "head, kept unless a rule names it"
@@ -176,26 +182,81 @@ def _fits(name: str, module: nn.Module, scheme: Scheme) -> None:
     kind = quant_type(module)
     assert kind is not None
     rows, columns = kind.matrix(module).shape
-    if scheme.inputs is not None and not kind.has_float_inputs:
+    inputs = scheme.inputs
+    if inputs is not None and kind.inputs_are == "ids":
         raise ValueError(
             f"{name}: {scheme.name!r} quantizes inputs, but an embedding's are ids; use w8a16 or w4a16"
         )
+    if inputs is not None and kind.inputs_are == "channels" and inputs.granularity != per_tensor:
+        raise ValueError(
+            f"{name}: {scheme.name!r} has input scales per {inputs.granularity}, but a convolution's input "
+            "has one for all; use w8a8-static, w8a8-ort, w8a8-ort-static or a weight-only scheme"
+        )
     try:
         scheme.weights.granularity.scale_shape(rows, columns)
-        if scheme.inputs is not None:
-            scheme.inputs.granularity.scale_shape(1, columns)
+        if inputs is not None and kind.inputs_are == "tokens":
+            inputs.granularity.scale_shape(1, columns)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """For every module with a weight that another module also holds, the name of one such other."""
-    owners: dict[Tensor, list[str]] = {}
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """For every module whose weight others hold too, under whatever name, those others."""
+    owners: dict[Tensor, list[tuple[str, str]]] = {}
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter, []).append(name or leaf)
-    shared = [names for names in owners.values() if len(names) > 1]
-    return {name: next(other for other in names if other != name) for names in shared for name in names}
+            owners.setdefault(parameter, []).append((name or leaf, leaf))
+    return {
+        name: [other for other, _ in holders if other != name]
+        for holders in owners.values()
+        if len(holders) > 1
+        for name, leaf in holders
+        if leaf == "weight"
+    }
+
+
+def _tied_weights_are_alike(model: nn.Module, plan: Plan) -> None:
+    for name, others in _tied(model).items():
+        for other in others if name in plan.modules else ():
+            alike = _scheme_with_the_same_weights(
+                model.get_submodule(name), plan[name], _holder(model, other)
+            )
+            if other not in plan.modules:
+                difference = "which stays in float"
+            elif plan[other].weights != plan[name].weights:
+                difference = f"but {plan[name].name!r} and {plan[other].name!r} have different weights"
+            elif alike is None:
+                difference = "which reads it the other way round"
+            else:
+                continue
+            remedy = f"write {{match: {other}, scheme: {alike}}} to quantize both alike, or " if alike else ""
+            raise ValueError(
+                f"{name}: its weight is tied to that of {other}, {difference}; {remedy}keep both in float "
+                "with scheme: none"
+            )
+
+
+def _scheme_with_the_same_weights(module: nn.Module, scheme: Scheme, other: nn.Module) -> str | None:
+    """The name of a scheme for a module that shares this one's weight; None if it cannot share the codes."""
+    kind, other_kind = quant_type(module), quant_type(other)
+    if kind is None or other_kind is None:
+        return None
+    matrix, seen_by_other = kind.matrix(module), other_kind.matrix(other)
+    if (matrix.shape, matrix.stride()) != (seen_by_other.shape, seen_by_other.stride()):
+        return None
+    if scheme.inputs is None or other_kind.inputs_are != "ids":
+        return scheme.name
+    without_inputs = (
+        preset.name
+        for preset in PRESETS.values()
+        if preset.inputs is None and replace(preset.weights, ranges=scheme.weights.ranges) == scheme.weights
+    )
+    return next(without_inputs, f"one with the weights of {scheme.name} and no inputs")
+
+
+def _holder(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name; the model itself for the name of one of its own parameters."""
+    return dict(model.named_modules()).get(name, model)
 
 
 def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:

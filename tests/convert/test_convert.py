@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from recoup import calibrate, convert, prepare, resolve
-from recoup.nn import CodedEmbedding, CodedLinear, FakeQuantizer, is_coded, quantization_off
+from recoup.nn import CodedEmbedding, CodedLinear, FakeQuantizer, is_coded, is_prepared, quantization_off
 from recoup.numerics import dequantize
 from recoup.schemes import PRESETS, Scheme
 from tests.models import (
@@ -16,7 +16,7 @@ from tests.models import (
     WORDS,
     Row,
     Tied,
-    every_model,
+    every_pair,
     every_scheme,
     features,
     ids,
@@ -32,31 +32,33 @@ def prepared(row: Row, scheme: Scheme | str, **fields: object) -> nn.Module:
     return calibrate(model, [row.batch()])
 
 
-@every_model
-@every_scheme
+@every_pair
 def test_converted_it_computes_the_same_bits(row: Row, scheme: Scheme) -> None:
     model, batch = prepared(row, scheme), row.batch()
     expected = run(model, batch)
+    shapes = {
+        name: module.matrix(module).shape for name, module in model.named_modules() if is_prepared(module)
+    }
     assert convert(model) is model
     assert same(run(model, batch), expected)
     coded = {name for name, module in model.named_modules() if is_coded(module)}
     assert coded == row.quantized
-    no_float_weight_is_left(model, row, scheme)
+    no_float_weight_is_left(model, shapes, scheme)
 
 
-def no_float_weight_is_left(model: nn.Module, row: Row, scheme: Scheme) -> None:
+def no_float_weight_is_left(model: nn.Module, shapes: dict[str, torch.Size], scheme: Scheme) -> None:
     state = model.state_dict()
-    for name in row.quantized:
+    for name, shape in shapes.items():
         assert f"{name}.weight" not in state
         codes, scale = state[f"{name}.weight.codes"], state[f"{name}.weight.scale"]
         assert codes.dtype == scheme.weights.format.code_dtype
-        assert codes.shape == (WIDTH, WIDTH)
-        assert scale.shape == scheme.weights.granularity.scale_shape(WIDTH, WIDTH)
+        assert codes.shape == shape
+        assert scale.shape == scheme.weights.granularity.scale_shape(*shape)
         affine, nested = scheme.weights.scale_rule == "affine", scheme.weights.global_scale
         assert (f"{name}.weight.zero_point" in state) == affine
         assert (f"{name}.weight.global_scale" in state) == nested
     left = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name.endswith(".weight")}
-    assert not left & row.quantized
+    assert not left & set(shapes)
 
 
 @every_scheme

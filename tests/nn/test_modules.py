@@ -192,7 +192,7 @@ def test_a_range_must_be_finite(value: float) -> None:
 def test_the_table_names_types_and_every_twin_knows_how_to_be_one() -> None:
     for name, twin in QUANT_MODULES.items():
         assert issubclass(twin, nn.Module)
-        assert {"from_float", "matrix", "has_float_inputs"} <= set(dir(twin))
+        assert {"from_float", "matrix", "inputs_are"} <= set(dir(twin))
         package, _, attribute = name.rpartition(".")
         assert package
         assert attribute

@@ -16,12 +16,13 @@ from recoup.schemes import Scheme
 from tests.models import (
     MLP,
     MODELS,
+    PAIRS,
     SCHEMES,
     WIDTH,
     Row,
     Shared,
     Tied,
-    every_model,
+    every_pair,
     every_scheme,
     features,
     name_of,
@@ -38,8 +39,7 @@ def ready(row: Row, scheme: Scheme | str, *rules: tuple[str, Any], **fields: Any
     return calibrate(model, [row.batch()])
 
 
-@every_model
-@every_scheme
+@every_pair
 def test_parameters_stay_the_same_objects_under_the_same_names(row: Row, scheme: Scheme) -> None:
     model = row.build()
     before = dict(model.named_parameters(remove_duplicate=False))
@@ -56,8 +56,7 @@ def test_parameters_stay_the_same_objects_under_the_same_names(row: Row, scheme:
     assert {name for name, module in model.named_modules() if is_prepared(module)} == row.quantized
 
 
-@every_model
-@every_scheme
+@every_pair
 def test_switched_off_it_is_the_float_model_bit_for_bit(row: Row, scheme: Scheme) -> None:
     model, batch = row.build().eval(), row.batch()
     before = run(model, batch)
@@ -71,9 +70,10 @@ def test_switched_off_it_is_the_float_model_bit_for_bit(row: Row, scheme: Scheme
     assert all(module.enabled for module in model.modules() if isinstance(module, FakeQuantizer))
 
 
-@every_scheme
 @pytest.mark.parametrize(
-    ("row", "ranges"), [*((row, None) for row in MODELS), (MODELS[0], "learned")], ids=name_of
+    ("row", "scheme", "ranges"),
+    [*((*pair, None) for pair in PAIRS), *((MODELS[0], scheme, "learned") for scheme in SCHEMES)],
+    ids=name_of,
 )
 def test_a_checkpoint_loads_strictly_and_gives_the_same_bits(
     row: Row, scheme: Scheme, ranges: str | None
@@ -309,13 +309,19 @@ def test_torchs_own_encoder_kernel_cannot_go_around_quantization() -> None:
 COMPILED = """
 import torch
 from recoup import calibrate, prepare, resolve
-from tests.models import MLP, features, recipe
+from tests.models import MLP, Residual, Tied, features, ids, images, recipe
 
-for name, ranges in (("nvfp4", "learned"), ("w8a8-ort-static", None)):
-    model = MLP()
-    prepare(model, resolve(model, recipe(name, weight_ranges=ranges)))
-    calibrate(model, [features()])
-    x, results = features(), []
+CASES = [
+    (MLP, features(), "nvfp4", "learned", []),
+    (MLP, features(), "w8a8-ort-static", None, []),
+    (Residual, images(), "w8a8-ort-static", "learned", []),
+    (Tied, ids()["input_ids"], "w4a16", "learned", [("tokens", "w4a16"), ("lm_head", "w4a8")]),
+]
+for build, x, name, ranges, rules in CASES:
+    model = build()
+    prepare(model, resolve(model, recipe(name, *rules, weight_ranges=ranges)))
+    calibrate(model, [x])
+    results = []
     for run in (model, torch.compile(model, fullgraph=True, backend="eager")):
         model.zero_grad()
         y = run(x)

@@ -9,7 +9,18 @@ from torch import nn
 from recoup import Plan, convert, explain, prepare, resolve
 from recoup.numerics import per_group
 from recoup.schemes import PRESETS, Scheme, preset
-from tests.models import MLP, MODELS, WIDTH, Row, Shared, Tied, every_model, every_scheme, recipe
+from tests.models import (
+    MLP,
+    MODELS,
+    WIDTH,
+    Row,
+    Shared,
+    Tied,
+    every_model,
+    every_pair,
+    every_refused_pair,
+    recipe,
+)
 
 
 def paths(model: nn.Module) -> set[str]:
@@ -17,8 +28,7 @@ def paths(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
-@every_model
-@every_scheme
+@every_pair
 def test_every_parameter_is_quantized_or_kept_for_a_reason(row: Row, scheme: Scheme) -> None:
     model = row.build()
     plan = resolve(model, scheme)
@@ -31,13 +41,21 @@ def test_every_parameter_is_quantized_or_kept_for_a_reason(row: Row, scheme: Sch
     assert all(plan.kept.values())
 
 
+@every_refused_pair
+def test_what_a_model_cannot_hold_is_refused_in_one_line(row: Row, scheme: Scheme) -> None:
+    with pytest.raises(ValueError, match=r"\w") as error:
+        resolve(row.build(), scheme)
+    assert str(error.value).startswith(row.refused(scheme))
+    assert "\n" not in str(error.value)
+
+
 @every_model
 def test_neither_resolve_nor_explain_changes_the_model(row: Row) -> None:
     model = row.build()
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     values = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in modules.items()}
-    str(explain(model, resolve(model, "w4a8")))
+    str(explain(model, resolve(model, "w8a8-static")))
     assert all(a is b for a, b in zip(model.modules(), modules.values(), strict=True))
     assert all(a is b for a, b in zip(model.parameters(), parameters.values(), strict=True))
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
@@ -101,7 +119,7 @@ def test_a_recipe_a_scheme_and_its_name_are_one() -> None:
 
 
 def conv() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 32))
+    return nn.Sequential(nn.Conv3d(3, 8, 3), nn.Conv3d(8, 8, 3), nn.Flatten(), nn.Linear(32, 32))
 
 
 class Attention(nn.Module):
@@ -143,7 +161,7 @@ def pruned() -> nn.Module:
 
 
 LARGE = {
-    conv: "0.weight (8 x 3 x 3 x 3, no quantized form of torch.nn.modules.conv.Conv2d); 1.weight",
+    conv: "0.weight (8 x 3 x 3 x 3 x 3, no quantized form of torch.nn.modules.conv.Conv3d); 1.weight",
     Attention: "attention.in_proj_weight (96 x 32, no quantized form of torch.nn.modules.activation.Multi",
     Places: "places (4 x 32, no quantized form of tests.prepare.test_resolve.Places)",
     named_norm: "0.weight (32 x 32, norm)",
@@ -177,7 +195,7 @@ def test_a_large_parameter_is_never_left_out_silently_and_the_advice_keeps_it(
 
 
 def test_many_large_parameters_make_a_short_message() -> None:
-    model = nn.Sequential(nn.Linear(32, 32), *(nn.Conv1d(2, 64, 3) for _ in range(5)))
+    model = nn.Sequential(nn.Linear(32, 32), *(nn.ConvTranspose1d(2, 64, 3) for _ in range(5)))
     with pytest.raises(
         ValueError, match=r"^5 large parameters .*1\.weight .*3\.weight .*; and 2 more\. Keep"
     ):
@@ -238,8 +256,8 @@ MISTAKES = {
     "a rule for tied weights": (
         Tied,
         recipe("w4a16", ("lm_head", "w8a16")),
-        "lm_head: rule 'lm_head' quantizes it, but its weight is tied to tokens; untie them, or keep it with "
-        "{match: lm_head, scheme: none}",
+        "lm_head: its weight is tied to that of tokens, which stays in float; write {match: tokens, scheme: "
+        "w8a16} to quantize both alike, or keep both in float with scheme: none",
     ),
     "inputs of an embedding": (
         Tied,
@@ -326,7 +344,7 @@ def test_explained_bytes_are_those_by_hand(name: str, dtype: torch.dtype) -> Non
 @every_model
 def test_explain_has_a_line_for_every_parameter_and_counts_tied_ones_once(row: Row) -> None:
     model = row.build()
-    plan = resolve(model, "w4a16")
+    plan = resolve(model, "w8a8-static")
     found = explain(model, plan)
     assert [line.parameter for line in found.rows] == [path for path, _ in model.named_parameters()]
     assert found.bytes_before == 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -4,11 +4,10 @@ import torch
 
 from recoup import calibrate, convert, explain, prepare, resolve
 from recoup.schemes import Scheme
-from tests.models import Row, every_model, every_scheme
+from tests.models import Row, every_pair
 
 
-@every_model
-@every_scheme
+@every_pair
 def test_every_number_of_the_float_model_is_in_the_converted_one(row: Row, scheme: Scheme) -> None:
     model = row.build()
     before = {name: value.clone() for name, value in model.named_parameters()}

@@ -5,11 +5,10 @@ import torch
 from recoup import calibrate, convert, prepare, resolve
 from recoup.nn import call, is_coded, is_prepared, quantization_off
 from recoup.schemes import Scheme
-from tests.models import Row, every_model, every_scheme, recipe, run, same, tensors
+from tests.models import Row, every_pair, recipe, run, same, tensors
 
 
-@every_model
-@every_scheme
+@every_pair
 def test_trained_converted_and_decoded_are_one(row: Row, scheme: Scheme) -> None:
     model, batch = row.build().eval(), row.batch()
     prepare(model, resolve(model, recipe(scheme, weight_ranges="learned")))

@@ -1,27 +1,56 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
-`fake_quantizer.py` is one tensor, `modules.py` the prepared modules, `coded.py` the converted ones.
+`fake_quantizer.py` is one tensor, `modules.py` and `conv.py` the prepared modules (`twin.py` is what they
+have in common), `coded.py` the converted ones, `call.py` how a model is called.
 """
 
-from recoup.nn.call import Batch, call, device_of, moved, size_of, without_labels
-from recoup.nn.coded import CODED_MODULES, CodedEmbedding, CodedLinear, CodedModule, Codes, is_coded
+from recoup.nn.call import Batch, call, device_of, evaluating, moved, size_of, without_labels
+from recoup.nn.coded import (
+    CODED_MODULES,
+    CodedConv,
+    CodedConv1D,
+    CodedConv1d,
+    CodedConv2d,
+    CodedEmbedding,
+    CodedLinear,
+    CodedModule,
+    Codes,
+    is_coded,
+)
+from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, quantization_off
-from recoup.nn.modules import QUANT_MODULES, QuantEmbedding, QuantLinear, QuantModule, is_prepared, quant_type
+from recoup.nn.modules import (
+    QUANT_MODULES,
+    QuantConv1D,
+    QuantEmbedding,
+    QuantLinear,
+    is_prepared,
+    quant_type,
+)
+from recoup.nn.twin import QuantModule
 
 __all__ = [
     "CODED_MODULES",
     "QUANT_MODULES",
     "Batch",
+    "CodedConv",
+    "CodedConv1D",
+    "CodedConv1d",
+    "CodedConv2d",
     "CodedEmbedding",
     "CodedLinear",
     "CodedModule",
     "Codes",
     "FakeQuantizer",
+    "QuantConv1D",
+    "QuantConv1d",
+    "QuantConv2d",
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",
     "call",
     "device_of",
+    "evaluating",
     "is_coded",
     "is_prepared",
     "moved",

@@ -1,6 +1,7 @@
-"""How a model is called with a batch."""
+"""How a model is called: with which batch, and in which mode."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,18 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Mapping):
         return {name: move(value) for name, value in batch.items()}
     return move(batch) if isinstance(batch, Tensor) else tuple(map(move, batch))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Without dropout, and without batches that move running statistics; every module's mode comes back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def without_labels(batch: Batch) -> Batch:

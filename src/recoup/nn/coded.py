@@ -1,16 +1,19 @@
 """The modules after conversion: codes and scales in place of float weights. What gets exported.
 
-Codes lie one to a byte, in the weight's own shape; packing them is the exporter's business.
+Codes lie one to a byte, in the shape of the weight's 2-D view; packing them is the exporter's business.
 """
 
-from typing import Any, Protocol, TypeGuard
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
-from recoup.nn.modules import QuantEmbedding, QuantLinear, QuantModule
+from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
+from recoup.nn.twin import QuantModule
 from recoup.numerics import QParams, dequantize, quantize
 from recoup.schemes import Scheme
 
@@ -48,7 +51,7 @@ class Codes(LatticeState):
         return QParams(scale=self.scale, zero_point=self.zero_point, global_scale=self.global_scale)
 
     def decode(self) -> Tensor:
-        """The weight that the codes stand for, in the dtype the float weight had."""
+        """The weight's 2-D view that the codes stand for, in the dtype the float weight had."""
         return dequantize(self.codes, self.qparams, self.spec).to(self.dtype)
 
 
@@ -62,17 +65,63 @@ class CodedModule(Protocol):
 class CodedLinear(nn.Module):
     """y = Q(x) decode(codes)^T + b."""
 
-    def __init__(self, prepared: QuantLinear) -> None:
+    def __init__(self, prepared: QuantLinear | QuantConv1D) -> None:
         super().__init__()
         self.scheme = prepared.scheme
         self.in_features, self.out_features = prepared.in_features, prepared.out_features
         self.weight = Codes(prepared)
-        self.bias: nn.Parameter | None = prepared.bias
+        self.bias: Tensor | None = prepared.bias
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
     def forward(self, x: Tensor) -> Tensor:
         """The equation."""
         return F.linear(self.input_quantizer(x), self.weight.decode(), self.bias)
+
+
+class CodedConv1D(CodedLinear):
+    """The linear layer that GPT-2's Conv1D is; its codes are (out, in), as those of any."""
+
+
+class CodedConv(nn.Module):
+    """y = decode(codes) * Q(x) + b; a row of the codes is what one output channel sums over.
+
+    Attributes are nn.Conv1d's and nn.Conv2d's. `edges` is the padding as F.pad takes it, last axis first, in
+    every padding_mode and for padding="same" too.
+    """
+
+    convolution: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, prepared: QuantConv1d | QuantConv2d) -> None:
+        super().__init__()
+        self.scheme = prepared.scheme
+        self.in_channels, self.out_channels = prepared.in_channels, prepared.out_channels
+        self.kernel_size, self.stride = prepared.kernel_size, prepared.stride
+        self.padding, self.padding_mode = prepared.padding, prepared.padding_mode
+        self.edges = tuple(prepared._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage]
+        self.dilation, self.groups = prepared.dilation, prepared.groups
+        self.weight = Codes(prepared)
+        self.bias: Tensor | None = prepared.bias
+        self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The equation."""
+        x, padding = self.input_quantizer(x), self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.edges, mode=self.padding_mode), 0
+        weight = self.weight.decode().unflatten(1, (-1, *self.kernel_size))
+        return self.convolution(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class CodedConv1d(CodedConv):
+    """Along one axis."""
+
+    convolution = staticmethod(F.conv1d)
+
+
+class CodedConv2d(CodedConv):
+    """Along two axes."""
+
+    convolution = staticmethod(F.conv2d)
 
 
 class CodedEmbedding(nn.Module):
@@ -89,7 +138,13 @@ class CodedEmbedding(nn.Module):
         return F.embedding(ids, self.weight.decode())
 
 
-CODED_MODULES: dict[type[nn.Module], Any] = {QuantLinear: CodedLinear, QuantEmbedding: CodedEmbedding}
+CODED_MODULES: dict[type[nn.Module], Any] = {
+    QuantLinear: CodedLinear,
+    QuantConv1d: CodedConv1d,
+    QuantConv2d: CodedConv2d,
+    QuantEmbedding: CodedEmbedding,
+    QuantConv1D: CodedConv1D,
+}
 
 
 def is_coded(module: nn.Module) -> TypeGuard[CodedModule]:

@@ -45,8 +45,8 @@ class FakeQuantizer(LatticeState):
 
     Args:
         spec: the lattice.
-        rows: of the tensor's 2-D view; None where they vary (tokens).
-        columns: of the 2-D view.
+        rows: of a weight's 2-D view, which is `flatten(1)` of it; None for inputs, whose rows (tokens) vary.
+        columns: of the 2-D view; None where they vary too, and only per_tensor holds.
 
     Raises:
         ValueError: the view cannot be cut into the spec's blocks.
@@ -56,13 +56,14 @@ class FakeQuantizer(LatticeState):
     zero_point: Tensor | None
     global_scale: Tensor | None
 
-    def __init__(self, spec: QuantSpec, *, rows: int | None, columns: int) -> None:
+    def __init__(self, spec: QuantSpec, *, rows: int | None, columns: int | None) -> None:
         super().__init__()
         self.spec = spec
         self.enabled = True
         self.calibrated = not self.needs_calibration
         self.path = "a quantizer"  # its name in the model, for messages; `prepare` knows it
-        shape = spec.granularity.scale_shape(rows or 1, columns)
+        self.is_weight = rows is not None
+        shape = spec.granularity.scale_shape(rows or 1, columns or 1)
         scale = None if spec.ranges == "dynamic" else torch.full(shape, torch.nan)
         if spec.ranges == "learned":
             self.scale = nn.Parameter(scale) if scale is not None else None
@@ -78,11 +79,15 @@ class FakeQuantizer(LatticeState):
         return self.spec.ranges != "dynamic" or self.spec.global_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, moved onto the lattice; its last axis is the columns of the 2-D view."""
+        """x, moved onto the lattice."""
         if not self.enabled:
             return x
-        view = x.reshape(-1, x.shape[-1])
+        view = self.view(x)
         return fake_quantize(view, self.qparams(view), self.spec).reshape(x.shape)
+
+    def view(self, x: Tensor) -> Tensor:
+        """The 2-D view: a weight's is (output features, rest), an input's (rest, last axis)."""
+        return x.flatten(1) if self.is_weight else x.reshape(-1, x.shape[-1])
 
     def qparams(self, view: Tensor) -> QParams:
         """The qparams that `forward` uses for this 2-D view.

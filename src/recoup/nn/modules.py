@@ -4,44 +4,22 @@ Each holds the float module's own Parameters, so optimizers made earlier keep wo
 stay tied, and a fake quantizer for every tensor that its scheme names. Its forward is the equation.
 """
 
-import copy
 import sys
-from typing import Any, ClassVar, Protocol, Self, TypeGuard, TypeVar
+from typing import ClassVar, Self, TypeGuard
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer
-from recoup.numerics import extrema
+from recoup.nn.twin import Inputs, QuantModule, adopt, input_quantizer, weight_quantizer
 from recoup.schemes import Scheme
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-class QuantModule(Protocol):
-    """What `prepare`, `calibrate` and `convert` know of a quantized module."""
-
-    has_float_inputs: ClassVar[bool]
-    scheme: Scheme
-    weight: Tensor
-    weight_quantizer: FakeQuantizer
-
-    @classmethod
-    def from_float(cls, module: Any, scheme: Scheme, path: str) -> nn.Module:
-        """The twin of a float module; it shares every Parameter."""
-        ...
-
-    @staticmethod
-    def matrix(module: Any) -> Tensor:
-        """The 2-D view of a float module's weight, (output features, input features)."""
-        ...
 
 
 class QuantLinear(nn.Linear):
     """y = Q(x) Q(W)^T + b."""
 
-    has_float_inputs: ClassVar[bool] = True
+    inputs_are: ClassVar[Inputs] = "tokens"
     scheme: Scheme
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | nn.Identity
@@ -58,10 +36,10 @@ class QuantLinear(nn.Linear):
         Raises:
             ValueError: the weight does not fit the scheme's blocks or is not finite.
         """
-        twin = _adopt(cls, module, path)
+        twin = adopt(cls, module, path)
         twin.scheme = scheme
-        twin.weight_quantizer = _weight_quantizer(cls.matrix(module), scheme, path)
-        twin.input_quantizer = _input_quantizer(module.in_features, scheme, path).to(module.weight.device)
+        twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
+        twin.input_quantizer = input_quantizer(module.in_features, scheme, path, module.weight.device)
         return twin
 
     @staticmethod
@@ -74,10 +52,54 @@ class QuantLinear(nn.Linear):
         return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
 
+class QuantConv1D(nn.Module):
+    """y = Q(x) Q(W^T)^T + b: GPT-2's linear layer, from transformers, whose weight is (in, out).
+
+    It has nothing to do with nn.Conv1d but the name.
+    """
+
+    inputs_are: ClassVar[Inputs] = "tokens"
+    nf: int
+    nx: int
+    weight: Tensor
+    bias: Tensor
+    scheme: Scheme
+    weight_quantizer: FakeQuantizer
+    input_quantizer: FakeQuantizer | nn.Identity
+
+    @classmethod
+    def from_float(cls, module: nn.Module, scheme: Scheme, path: str) -> Self:
+        """The twin of a float module; it shares every Parameter. See `QuantLinear.from_float`."""
+        twin = adopt(cls, module, path)
+        twin.scheme = scheme
+        twin.weight_quantizer = weight_quantizer(cls.matrix(twin), scheme, path)
+        twin.input_quantizer = input_quantizer(twin.nx, scheme, path, twin.weight.device)
+        return twin
+
+    @staticmethod
+    def matrix(module: "QuantConv1D") -> Tensor:
+        """The weight as (out, in)."""
+        return module.weight.T
+
+    @property
+    def in_features(self) -> int:
+        """As nn.Linear calls it."""
+        return self.nx
+
+    @property
+    def out_features(self) -> int:
+        """As nn.Linear calls it."""
+        return self.nf
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The equation."""
+        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight.T), self.bias)
+
+
 class QuantEmbedding(nn.Embedding):
     """y = Q(W)[ids]."""
 
-    has_float_inputs: ClassVar[bool] = False
+    inputs_are: ClassVar[Inputs] = "ids"
     scheme: Scheme
     weight_quantizer: FakeQuantizer
 
@@ -95,9 +117,9 @@ class QuantEmbedding(nn.Embedding):
             )
         if module.sparse:
             raise ValueError(f"{path}: an embedding with sparse gradients asked; build it with sparse=False")
-        twin = _adopt(cls, module, path)
+        twin = adopt(cls, module, path)
         twin.scheme = scheme
-        twin.weight_quantizer = _weight_quantizer(cls.matrix(module), scheme, path)
+        twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
         return twin
 
     @staticmethod
@@ -114,7 +136,10 @@ class QuantEmbedding(nn.Embedding):
 # Keys are names, so that a type from an optional package needs no import here.
 QUANT_MODULES: dict[str, type[QuantModule]] = {
     "torch.nn.Linear": QuantLinear,
+    "torch.nn.Conv1d": QuantConv1d,
+    "torch.nn.Conv2d": QuantConv2d,
     "torch.nn.Embedding": QuantEmbedding,
+    "transformers.pytorch_utils.Conv1D": QuantConv1D,
 }
 
 
@@ -137,37 +162,3 @@ def quant_type(module: nn.Module) -> type[QuantModule] | None:
         if type(module) is getattr(sys.modules.get(package), attribute, None):
             return twin if isinstance(module.weight, nn.Parameter) else None
     return None
-
-
-def _adopt(cls: type[Module], module: nn.Module, path: str) -> Module:
-    """An instance of `cls` with all that `module` holds: the same Parameters, buffers, hooks and flags."""
-    if "forward" in vars(module):
-        raise ValueError(
-            f"{path}: its forward was replaced on the instance, as accelerate does for "
-            "device_map and offloading; load the model without it"
-        )
-    twin = cls.__new__(cls)
-    vars(twin).update(vars(module))
-    # What the twin registers must not appear in the float module. Hooks stay shared: a handle taken before
-    # must still remove its hook.
-    for registered in ("_parameters", "_buffers", "_modules"):
-        vars(twin)[registered] = copy.copy(vars(module)[registered])
-    return twin
-
-
-def _weight_quantizer(weight: Tensor, scheme: Scheme, path: str) -> FakeQuantizer:
-    """Round-to-nearest from the start: a weight needs no data to be calibrated."""
-    quantizer = FakeQuantizer(scheme.weights, rows=weight.shape[0], columns=weight.shape[1])
-    quantizer.path = f"{path}.weight"
-    quantizer.to(weight.device)
-    with torch.no_grad():
-        quantizer.set_range(*extrema(weight, scheme.weights.granularity))
-    return quantizer
-
-
-def _input_quantizer(features: int, scheme: Scheme, path: str) -> FakeQuantizer | nn.Identity:
-    if scheme.inputs is None:
-        return nn.Identity()
-    quantizer = FakeQuantizer(scheme.inputs, rows=None, columns=features)
-    quantizer.path = f"{path}.input"
-    return quantizer

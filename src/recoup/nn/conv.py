@@ -1,0 +1,69 @@
+"""The convolutions' twins. Their weight's 2-D view is (output channels, what one output channel sums over).
+
+So "per channel" is one scale for each output channel, and a group is cut out of in_channels / groups x the
+kernel's places. An input has one scale: an output sums over channels and places of it, and no engine can
+take a scale for each out of that sum. Padding is of zeros, or of values that are on the lattice already, so
+it may come after quantization.
+"""
+
+from typing import ClassVar, Self
+
+from torch import Tensor, nn
+
+from recoup.nn.fake_quantizer import FakeQuantizer
+from recoup.nn.twin import Inputs, adopt, input_quantizer, weight_quantizer
+from recoup.schemes import Scheme
+
+
+class QuantConv1d(nn.Conv1d):
+    """y = Q(W) * Q(x) + b, with nn.Conv1d's stride, padding, dilation and groups."""
+
+    inputs_are: ClassVar[Inputs] = "channels"
+    scheme: Scheme
+    weight_quantizer: FakeQuantizer
+    input_quantizer: FakeQuantizer | nn.Identity
+
+    @classmethod
+    def from_float(cls, module: nn.Conv1d, scheme: Scheme, path: str) -> Self:
+        """The twin of a float module; it shares every Parameter. See `QuantLinear.from_float`."""
+        twin = adopt(cls, module, path)
+        twin.scheme = scheme
+        twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
+        twin.input_quantizer = input_quantizer(None, scheme, path, module.weight.device)
+        return twin
+
+    @staticmethod
+    def matrix(module: nn.Conv1d) -> Tensor:
+        """(output channels, input channels of a group x places of the kernel)."""
+        return module.weight.flatten(1)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """The equation."""
+        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantConv2d(nn.Conv2d):
+    """y = Q(W) * Q(x) + b, with nn.Conv2d's stride, padding, dilation and groups."""
+
+    inputs_are: ClassVar[Inputs] = "channels"
+    scheme: Scheme
+    weight_quantizer: FakeQuantizer
+    input_quantizer: FakeQuantizer | nn.Identity
+
+    @classmethod
+    def from_float(cls, module: nn.Conv2d, scheme: Scheme, path: str) -> Self:
+        """The twin of a float module; it shares every Parameter. See `QuantLinear.from_float`."""
+        twin = adopt(cls, module, path)
+        twin.scheme = scheme
+        twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
+        twin.input_quantizer = input_quantizer(None, scheme, path, module.weight.device)
+        return twin
+
+    @staticmethod
+    def matrix(module: nn.Conv2d) -> Tensor:
+        """(output channels, input channels of a group x places of the kernel)."""
+        return module.weight.flatten(1)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """The equation."""
+        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
