@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import CODED_MODULES, Batch, call, device_of, moved, quantization_off
+from recoup.nn import CODED_MODULES, Batch, call, device_of, evaluating, moved, quantization_off
 
 
 @torch.no_grad()
@@ -38,13 +38,10 @@ def layer_errors(model: nn.Module, batch: Batch) -> dict[str, float]:
         for name, module in model.named_modules()
         if type(module) in CODED_MODULES
     ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        call(model, moved(batch, device_of(model)))
+        with evaluating(model):
+            call(model, moved(batch, device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return errors

@@ -1,0 +1,98 @@
+"""What behaves otherwise in training is caught when it runs in a measurement, before it changes anything."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recoup.validate.modes import evaluation
+
+
+class Net(nn.Module):
+    def __init__(self, norm: nn.Module, drop: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(norm, drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+X = {
+    nn.BatchNorm1d: (4, 3),
+    nn.BatchNorm2d: (4, 3, 2, 2),
+    nn.BatchNorm3d: (4, 3, 2, 2, 2),
+    nn.Dropout: (4, 3),
+    nn.Dropout2d: (4, 3, 2, 2),
+    nn.AlphaDropout: (4, 3),
+}
+NORMS = [kind for kind in X if "Norm" in kind.__name__]
+DROPS = [kind for kind in X if "Drop" in kind.__name__]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_in_training_mode_is_named_and_its_statistics_are_not_moved(kind: type[nn.Module]) -> None:
+    model = Net(kind(3), nn.Identity())
+    message = (
+        rf"^layers\.0: a {kind.__name__} runs in training mode, so its statistics come from the test "
+        r"batches and are moved by them; call model\.eval\(\) in evaluate$"
+    )
+    with pytest.raises(ValueError, match=message), evaluation(model):
+        model(torch.randn(X[kind]))
+    assert int(model.layers[0].num_batches_tracked) == 0
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("kind", DROPS)
+def test_a_dropout_in_training_mode_is_named(kind: type[nn.Module]) -> None:
+    model = Net(nn.Identity(), kind(0.1))
+    message = (
+        rf"^layers\.1: a {kind.__name__} runs in training mode, so it drops values at random from what "
+        r"is measured; call model\.eval\(\) in evaluate$"
+    )
+    with pytest.raises(ValueError, match=message), evaluation(model):
+        model(torch.randn(X[kind]))
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("kind", X)
+def test_in_evaluation_nothing_changes(kind: type[nn.Module]) -> None:
+    layer = kind(3) if kind in NORMS else kind(0.5)
+    model, x = Net(layer, nn.Identity()), torch.randn(X[kind])
+    expected = model.eval()(x)
+    model.train()
+    with evaluation(model):
+        assert torch.equal(model.eval()(x), expected)  # the code inside says it itself
+    assert hooks(model) == 0
+
+
+def test_what_does_not_run_or_drops_nothing_may_be_in_training_mode() -> None:
+    model = Net(nn.LayerNorm(3), nn.Dropout(0.0)).train()
+    model.unused = nn.Dropout(0.5)
+    with evaluation(model):
+        model(torch.randn(4, 3))
+    assert model.training
+
+
+def test_one_module_left_in_training_mode_is_enough() -> None:
+    model = Net(nn.BatchNorm1d(3), nn.Dropout(0.5)).eval()
+    model.layers[1].train()
+    with pytest.raises(ValueError, match=r"^layers\.1: a Dropout runs"), evaluation(model):
+        model(torch.randn(4, 3))
+
+
+def test_a_model_that_is_itself_the_norm() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^the model: a BatchNorm1d runs"),
+        evaluation(model := nn.BatchNorm1d(3)),
+    ):
+        model(torch.randn(4, 3))
+
+
+def test_hooks_go_when_the_code_inside_fails() -> None:
+    model = Net(nn.BatchNorm1d(3), nn.Dropout(0.5))
+    with pytest.raises(KeyError), evaluation(model):
+        raise KeyError
+    assert hooks(model) == 0
