@@ -1,6 +1,6 @@
 """Sees data, never labels: sets the ranges of quantizers and leaves the weights alone."""
 
 from recoup.calibrate.calibrate import calibrate
-from recoup.calibrate.observers import MSE, OBSERVERS, MinMax, Observer
+from recoup.calibrate.observers import KL, MSE, OBSERVERS, MinMax, MovingAverage, Observer, Percentile
 
-__all__ = ["MSE", "OBSERVERS", "MinMax", "Observer", "calibrate"]
+__all__ = ["KL", "MSE", "OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate"]

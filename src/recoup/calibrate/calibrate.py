@@ -1,12 +1,12 @@
 """Calibration: from data, without labels, to the ranges of every quantizer that needs them."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recoup.calibrate.observers import OBSERVERS, MinMax, Observer
 from recoup.nn import (
@@ -14,6 +14,7 @@ from recoup.nn import (
     FakeQuantizer,
     call,
     device_of,
+    evaluating,
     is_prepared,
     moved,
     quantization_off,
@@ -44,7 +45,9 @@ def calibrate(
     Args:
         model: prepared.
         batches: mappings (keyword arguments), tuples (positional ones) or tensors.
-        observer: "minmax" or "mse".
+        observer: how a range follows from what is seen: "minmax", "moving-average" over the batches,
+            "percentile" (99.99 %), "kl" (TensorRT's entropy; weights in blocks by min and max) or "mse" (the
+            least squared error of every block).
         samples: how many samples to see, counted along the first axis of a batch. By default up to 512;
             a number that is asked for must be there.
 
@@ -73,7 +76,7 @@ def calibrate(
     }
     inputs = {q: o for q, o in observers.items() if q not in weights}
     if inputs:
-        with quantization_off(model), _evaluating(model), _watching(inputs):
+        with quantization_off(model), evaluating(model), _watching(inputs):
             for batch in watched(taken, "calibrating"):
                 call(model, moved(batch, device_of(model)))
     todo = list(observers.items())
@@ -95,29 +98,12 @@ def _observer(name: str, spec: QuantSpec) -> Observer:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Without dropout, and without batches that move running statistics."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def _watching(observers: dict[FakeQuantizer, Observer]) -> Generator[None]:
-    def hook(observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def observe(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x: Tensor = arguments[0]
-            observer.observe(x.reshape(-1, x.shape[-1]))
+    def observe(quantizer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(quantizer, FakeQuantizer)
+        observers[quantizer].observe(quantizer.view(arguments[0]))
 
-        return observe
-
-    handles = [
-        quantizer.register_forward_pre_hook(hook(observer)) for quantizer, observer in observers.items()
-    ]
+    handles = [quantizer.register_forward_pre_hook(observe) for quantizer in observers]
     try:
         yield
     finally:
