@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,12 @@ def test_preflight_lets_through_what_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("onxx", "did you mean 'onnx'"), ("gguf", "this version writes onnx")]
+    ("name", "hint"),
+    [
+        ("onxx", "did you mean 'onnx'"),
+        ("gguf", "this version writes onnx, compressed-tensors"),
+        ("compressed_tensors", "did you mean 'compressed-tensors'"),
+    ],
 )
 def test_an_unknown_target_gets_the_nearest(name: str, hint: str, tmp_path: Path) -> None:
     message = f"no export target {name!r}; {hint}"
@@ -188,6 +194,34 @@ def test_a_processor_is_copied_from_the_models_folder(tmp_path: Path, written: l
     export(ptq(Configured(str(source)), "w4a16", [torch.randn(2, 96)]), tmp_path / "out", "onnx")
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {"tokenizer.json", "vocab.txt", "config.json", "model.onnx", "parity.json"}
+
+
+def test_a_processor_never_replaces_what_was_written(
+    tmp_path: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(model: nn.Module, folder: Path, example: Any) -> None:
+        (folder / "config.json").write_text("of the artefact")
+
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
+        (source / name).write_text("of the float model")
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], write=write))
+    export(ptq(Configured(str(source)), "w4a16", [torch.randn(2, 96)]), tmp_path / "out", "onnx")
+    assert (tmp_path / "out" / "config.json").read_text() == "of the artefact"
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "of the float model"
+
+
+@pytest.mark.parametrize("library", ["compressed_tensors", "transformers"])
+def test_a_missing_library_names_the_extra(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    message = f"the compressed-tensors target needs {library}: pip install 'recoup\\[compressed-tensors\\]'"
+    with pytest.raises(ImportError, match=message):
+        preflight(Tiny(), resolve(Tiny(), "w4a16"), "compressed-tensors")
+    with pytest.raises(ImportError, match=message):
+        export(small(), tmp_path / "out", "compressed-tensors")
 
 
 def test_a_model_that_was_not_loaded_takes_nothing_from_the_working_directory(

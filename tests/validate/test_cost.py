@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recoup.validate.cost import compare_costs
+from recoup.validate.cost import compare_costs, compare_sizes
 
 FLOAT, SMALL = Path("float"), Path("small")
 
@@ -66,3 +66,13 @@ def test_each_file_gets_its_own_figures(batch: Any, shape: str, monkeypatch: pyt
     turns = [tuple(clock.calls[i : i + 2]) for i in range(0, 14, 2)]
     assert turns[:2] == [("small", "float"), ("float", "small")]
     assert set(turns) == set(turns[:2])
+
+
+def test_sizes_alone_are_a_cost_too() -> None:
+    sizes = {FLOAT: 40_000_000, SMALL: 9_310_000}
+    before, after = compare_sizes(
+        (FLOAT, SMALL), torch.zeros(8, 64), size_bytes=sizes.__getitem__, unmeasured="no kernels here"
+    )
+    assert (before.bytes, after.bytes) == (40_000_000, 9_310_000)
+    assert (after.seconds, after.peak_bytes, after.batch) == (None, None, "8 x 64")
+    assert str(after) == "9.31 MB; speed and memory not measured: no kernels here"

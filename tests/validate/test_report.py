@@ -335,3 +335,31 @@ def test_the_first_look_has_no_loss_yet():
     report = dataclasses.replace(PASSED, curve=[{"step": 0, "held_out": 2.0}, *PASSED.curve])
     assert f"{PASSED.curve[0]['loss']:.4g}" in markdown(report)
     assert Page(html(report)).has("Training")
+
+
+WHY = "the folder ran in an engine without kernels; serve it elsewhere to measure them"
+UNMEASURED = dataclasses.replace(
+    PASSED,
+    **{
+        f"{which}_cost": Cost(bytes=size, seconds=None, peak_bytes=None, batch="8 x 64", unmeasured=WHY)
+        for which, size in (("float", 91_200_000), ("artefact", 17_900_000))
+    },
+)
+
+
+def test_what_was_not_measured_has_a_reason_and_no_figure():
+    page, text = Page(html(UNMEASURED)), markdown(UNMEASURED)
+    sentence = f"Speed and memory were not measured: {WHY}."
+    assert sentence in text
+    assert page.has(sentence)
+    for figure in ("latency", "peak memory", "as fast"):
+        assert figure not in text
+        assert not page.has(figure)
+    assert "| size on disk | 91.2 MB | 17.9 MB | 0.20 |" in text
+    assert page.has("17.9 MB")
+    assert page.has("size, MB")  # the picture of quality against size stays
+
+
+def test_a_cost_is_one_line():
+    assert str(FASTER) == "17.9 MB, 7.1 ms for 8 x 64 tokens, peak 131 MB"
+    assert str(UNMEASURED.artefact_cost) == f"17.9 MB; speed and memory not measured: {WHY}"

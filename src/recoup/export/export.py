@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,21 +15,27 @@ import torch
 from torch import nn
 
 from recoup.convert import convert
-from recoup.engines import onnxruntime
+from recoup.engines import onnxruntime, transformers
+from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
 from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
 from recoup.schemes import Plan, Scheme
 from recoup.validate import Cost
-from recoup.validate.cost import compare_costs
+from recoup.validate.cost import compare_costs, compare_sizes
 
 PARITY_FILE = "parity.json"
 _PROCESSOR_FILES = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
+    "*.bpe.model",
+    "spiece.model",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
     "*preprocessor_config.json",
 )
+Quantized = Mapping[str, tuple[Scheme, type]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +43,30 @@ class Target:
     """What a target can do. Its functions import their libraries themselves: an unused target costs nothing.
 
     Args:
-        check: (path, scheme, type of the converted module); raises ValueError for what the engine cannot run.
+        check: (float or converted model, {module: (scheme, type of the converted module)}); raises ValueError
+            for what the engine cannot run.
+        settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
+            a module knows; whoever calibrates calls it before measuring.
         write: (converted or float model, folder, example).
         verify: (converted model, folder, example); raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
     """
 
-    check: Callable[[str, Scheme, type], None]
+    check: Callable[[nn.Module, Quantized], None]
+    settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
     verify: Callable[[nn.Module, Path, Batch], Parity]
     load: Callable[[Path], nn.Module]
     costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
 
 
-def _onnx_check(path: str, scheme: Scheme, kind: type) -> None:
+def _onnx_check(model: nn.Module, modules: Quantized) -> None:
     from recoup.export import onnx_nodes
 
-    onnx_nodes.check(path, scheme, kind)
+    del model
+    for path, (scheme, kind) in modules.items():
+        onnx_nodes.check(path, scheme, kind)
 
 
 def _onnx_write(model: nn.Module, folder: Path, example: Batch) -> None:
@@ -76,13 +88,46 @@ def _onnx_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]:
     )  # fmt: skip
 
 
+def _folder_check(model: nn.Module, modules: Quantized) -> None:
+    from recoup.export import compressed_tensors
+
+    compressed_tensors.check(model, modules)
+
+
+def _folder_write(model: nn.Module, folder: Path, example: Batch) -> None:
+    from recoup.export import compressed_tensors
+
+    compressed_tensors.write(model, folder, example)
+
+
+def _folder_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
+    from recoup.export import compressed_tensors_parity
+
+    return compressed_tensors_parity.verify(model, folder, example)
+
+
+def _folder_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]:
+    return compare_sizes(
+        folders, batch, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED
+    )
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         check=_onnx_check,
+        settle=lambda model: model,
         write=_onnx_write,
         verify=_onnx_verify,
         load=onnxruntime.OnnxModel,
         costs=_onnx_costs,
+    ),
+    "compressed-tensors": Target(
+        check=_folder_check,
+        settle=share_global_scales,
+        write=_folder_write,
+        verify=_folder_verify,
+        load=transformers.load,
+        costs=_folder_costs,
     ),
 }
 
@@ -109,15 +154,20 @@ def preflight(model: nn.Module, plan: Plan, target: str) -> None:
         target: a key of `TARGETS`.
 
     Raises:
-        ValueError: no such target, or a module whose scheme the engine cannot run; names both.
+        ValueError: no such target, or a model or a module whose scheme the engine cannot run; names them.
         ImportError: the target's libraries are not installed; names the extra.
     """
-    check = target_named(target).check
+    modules: dict[str, tuple[Scheme, type]] = {}
+    for path in plan.modules:
+        prepared = quant_type(model.get_submodule(path))
+        assert prepared is not None
+        modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
+    _check(model, modules, target)
+
+
+def _check(model: nn.Module, modules: Quantized, target: str) -> None:
     try:
-        for path in plan.modules:
-            prepared = quant_type(model.get_submodule(path))
-            assert prepared is not None
-            check(path, plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
+        target_named(target).check(model, modules)
     except ImportError as error:
         raise ImportError(f"the {target} target needs {error.name}: pip install 'recoup[{target}]'") from None
 
@@ -138,7 +188,7 @@ def export(
     Args:
         model: prepared and calibrated, or converted.
         folder: must not exist, or be empty.
-        target: "onnx".
+        target: "onnx", a file for onnxruntime; or "compressed-tensors", a folder for transformers and vLLM.
         processor: a tokenizer or image processor to `save_pretrained` into the folder; by default copied
             from the model's own folder where it has one.
         example: one batch, to trace and compare with; by default the first that `calibrate` saw, or the
@@ -158,9 +208,7 @@ def export(
     example = moved(_example(model) if example is None else example, torch.device("cpu"))
     with torch.no_grad():
         coded = _converted_copy(model)
-    for path, module in coded.named_modules():
-        if is_coded(module):
-            writer.check(path, module.scheme, type(module))
+    _check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)}, target)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         unproven = Path(temporary) / "artefact"
@@ -214,6 +262,7 @@ def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:
         else []
     )
     for file in [*files, *source.glob("config.json")] if files else []:
-        shutil.copy2(file, folder)
+        if not (folder / file.name).exists():  # what was written knows more than what was read
+            shutil.copy2(file, folder)
     if not files:
         warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=3)

@@ -27,7 +27,7 @@ def notes_of(account: Explanation, costs: tuple[Cost | None, Cost | None]) -> li
     before, after = costs
     if before is None or after is None:
         return [*notes, "Nothing was exported, because no rung kept the quality."]
-    if after.seconds > before.seconds:
+    if after.seconds is not None and before.seconds is not None and after.seconds > before.seconds:
         notes.append(
             f"This scheme brings no speed in this engine on this machine: a batch takes "
             f"{after.seconds / before.seconds:.2f} times as long as with the float file."

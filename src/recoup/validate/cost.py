@@ -55,6 +55,30 @@ def compare_costs(
     return first, second
 
 
+def compare_sizes(
+    folders: tuple[Path, Path], batch: Batch, *, size_bytes: Callable[[Path], int], unmeasured: str
+) -> tuple[Cost, Cost]:
+    """Size on disk of two artefacts whose engine here says nothing about speed and memory.
+
+    Args:
+        folders: of the two artefacts.
+        batch: what would be run.
+        size_bytes: folder -> bytes on disk.
+        unmeasured: why there is no more, and what to do; see `Cost`.
+    """
+    first, second = (
+        Cost(
+            bytes=size_bytes(folder),
+            seconds=None,
+            peak_bytes=None,
+            batch=_shape(batch),
+            unmeasured=unmeasured,
+        )
+        for folder in folders
+    )
+    return first, second
+
+
 def _shape(batch: Batch) -> str:
     values: list[Any] = (
         list(batch.values())

@@ -168,7 +168,9 @@ def trade(
             _label(axes, float_x, {"float": quality["float"]}, 8)
             axes.set_xlabel(label)
         row[0].set_ylabel(metric)
-        return page.svg("trade", f"{metric} against size and latency")
+        return page.svg(
+            "trade", f"{metric} against {' and '.join(axis.partition(',')[0] for axis in axes_of)}"
+        )
 
 
 def _label(axes: "Axes", x: float, points: dict[str, float], height: float) -> None:

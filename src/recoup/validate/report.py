@@ -42,15 +42,25 @@ class Cost:
 
     Args:
         bytes: size on disk.
-        seconds: median latency of one batch.
-        peak_bytes: peak memory while running it.
+        seconds: median latency of one batch; None where the engine here says nothing about it.
+        peak_bytes: peak memory while running it; None likewise.
         batch: what a batch was, as in "8 x 64 tokens".
+        unmeasured: why there are no seconds and bytes, and where they can be had.
+
+    >>> print(Cost(bytes=93_100_000, seconds=0.0123, peak_bytes=131_000_000, batch="8 x 64"))
+    93.1 MB, 12.3 ms for 8 x 64, peak 131 MB
     """
 
     bytes: int
-    seconds: float
-    peak_bytes: int
+    seconds: float | None
+    peak_bytes: int | None
     batch: str
+    unmeasured: str = ""
+
+    def __str__(self) -> str:
+        if self.seconds is None or self.peak_bytes is None:
+            return f"{size(self.bytes)}; speed and memory not measured: {self.unmeasured}"
+        return f"{size(self.bytes)}, {duration(self.seconds)} for {self.batch}, peak {size(self.peak_bytes)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +153,8 @@ def speed(report: Report) -> str | None:
     """How the artefact's latency compares with the float file's, in one plain sentence."""
     if report.float_cost is None or report.artefact_cost is None:
         return None
+    if report.artefact_cost.seconds is None or report.float_cost.seconds is None:
+        return f"Speed and memory were not measured: {report.artefact_cost.unmeasured}."
     ratio = report.artefact_cost.seconds / report.float_cost.seconds
     if ratio > 1.02:
         return f"The exported file is SLOWER than the float file: {ratio:.2f} times the time for each batch."
@@ -166,15 +178,15 @@ def _trade(report: Report) -> str | None:
     if metric is None or metric not in artefact.metrics or metric not in report.baseline:
         return None
     limit = next((v.baseline + (v.limit if v.direction == "increase" else -v.limit) for v in whole), None)
+    axes = {"size, MB": (floats.bytes / 1e6, artefacts.bytes / 1e6)}
+    if floats.seconds is not None and artefacts.seconds is not None:
+        axes["median latency of a batch, ms"] = (1e3 * floats.seconds, 1e3 * artefacts.seconds)
     better = {"increase": ", lower is better", "decrease": ", higher is better"}
     return plots.trade(
         metric + (better[whole[0].direction] if whole else ""),
         {"float": report.baseline[metric], "artefact": artefact.metrics[metric]},
         {rung.name: rung.metrics[metric] for rung in report.rungs if metric in rung.metrics},
-        {
-            "size, MB": (floats.bytes / 1e6, artefacts.bytes / 1e6),
-            "median latency of a batch, ms": (1e3 * floats.seconds, 1e3 * artefacts.seconds),
-        },
+        axes,
         limit,
     )
 

@@ -1,0 +1,165 @@
+"""compressed-tensors: a converted model becomes a folder that transformers loads and vLLM serves.
+
+The codes of a module take the place of its weight, in the layout of its storage format; everything else is
+saved as the model's own `save_pretrained` does: sharded, tied weights once, no pickle.
+
+Kept tensors have the dtype that the model has. Only where readers decompress to bfloat16 and nothing else
+(the 4-bit floats and mxfp8) they are bfloat16, or the model would not run.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recoup.engines.transformers import quiet
+from recoup.export import compressed_tensors_config as schema
+from recoup.export.fused import check_fused
+from recoup.nn import CodedLinear, FakeQuantizer
+from recoup.numerics import BFLOAT16, E2M1, E4M3, E8M0, FLOAT16, FLOAT32, Format, IntFormat, QuantSpec
+from recoup.schemes import Scheme
+
+_BFLOAT16_ONLY = {schema.MXFP8, schema.MXFP4, schema.NVFP4}
+_DTYPES: dict[Format, torch.dtype] = {
+    FLOAT32: torch.float32,
+    FLOAT16: torch.float16,
+    BFLOAT16: torch.bfloat16,
+}
+
+
+def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
+    """Can a folder hold this model?
+
+    Args:
+        model: float, or converted.
+        modules: what is quantized: the scheme and the type of the converted module, by name.
+
+    Raises:
+        ValueError: it cannot; says what to do.
+        ImportError: the extra is not installed.
+    """
+    import compressed_tensors  # pyright: ignore[reportUnusedImport]  # noqa: F401 (the writer needs it)
+    import transformers
+
+    kind = type(model)
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(
+            f"compressed-tensors: the model is a {kind.__module__}.{kind.__qualname__}, these folders are "
+            "transformers'; bring a PreTrainedModel, or export to onnx"
+        )
+    if getattr(transformers, kind.__name__, None) is not kind:
+        raise ValueError(
+            f"compressed-tensors: transformers does not know the class {kind.__qualname__}, so nobody could "
+            "load the folder; use the class that AutoModel gives"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "compressed-tensors: transformers loaded this model from quantized weights, and does not save "
+            "it as a float one; make a new model from its config, without quantization_config, and load its "
+            "state_dict into that"
+        )
+    for path, (scheme, coded) in modules.items():
+        schema.check(path, scheme, coded)
+    check_fused(model, modules)
+
+
+def write(model: nn.Module, folder: Path, example: object) -> None:
+    """Write `model` into the folder: config, weights, generation config; a float model as it is.
+
+    Args:
+        model: a converted, or float, transformers model.
+        folder: exists.
+        example: not needed.
+    """
+    del example
+    saved: Any = model
+    if not any(isinstance(module, CodedLinear) for module in model.modules()):
+        with quiet():
+            saved.save_pretrained(folder)
+        return
+    with quiet():
+        saved.save_pretrained(folder, state_dict=state_dict(model))
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = schema.quantization_config(model)
+    if (dtype := kept_dtype(model)) is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def kept_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of everything that is not quantized; None for its own."""
+    formats = {schema.layout(m.scheme).format for m in model.modules() if isinstance(m, CodedLinear)}
+    return torch.bfloat16 if formats & _BFLOAT16_ONLY else None
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What the folder stores: kept tensors under their names, codes and scales under the format's."""
+    coded = {path: module for path, module in model.named_modules() if isinstance(module, CodedLinear)}
+    state = kept(model)
+    for path, module in coded.items():
+        state |= {f"{path}.{name}": tensor.contiguous() for name, tensor in stored(module).items()}
+    return state
+
+
+def kept(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are not quantized, in the dtype in which they are stored; tied ones stay one."""
+    quantized = tuple(
+        f"{path}.{part}."
+        for path, module in model.named_modules()
+        if isinstance(module, CodedLinear)
+        for part in ("weight", "input_quantizer")
+    )
+    dtype, cast = kept_dtype(model), dict[int, Tensor]()
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(quantized):
+            continue
+        if dtype is None or not tensor.is_floating_point():
+            state[name] = tensor
+        else:
+            state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
+    return state
+
+
+def stored(module: CodedLinear) -> dict[str, Tensor]:
+    """The tensors of one quantized module, by their names beside it."""
+    weight, spec = module.weight, module.weight.spec
+    format_ = schema.layout(module.scheme).format
+    tensors = {"weight_scale": _scale(weight.scale, spec), **_codes(weight.codes, spec, format_)}
+    if weight.global_scale is not None:
+        tensors["weight_global_scale"] = _divisor(weight.global_scale)
+    if isinstance(module.input_quantizer, FakeQuantizer) and module.input_quantizer.needs_calibration:
+        if module.input_quantizer.global_scale is not None:
+            tensors["input_global_scale"] = _divisor(module.input_quantizer.global_scale)
+        else:
+            tensors["input_scale"] = module.input_quantizer.stored_qparams.scale.detach().reshape(1)
+    return tensors
+
+
+def _codes(codes: Tensor, spec: QuantSpec, format_: str) -> dict[str, Tensor]:
+    if format_ == schema.PACKED:
+        from compressed_tensors.compressors import pack_to_int32
+
+        packed = pack_to_int32(codes, spec.format.bits)
+        return {"weight_packed": packed, "weight_shape": torch.tensor(codes.shape)}
+    if spec.format == E2M1:
+        return {"weight_packed": codes[:, 0::2] | codes[:, 1::2] << 4}
+    return {"weight": codes if isinstance(spec.format, IntFormat) else codes.view(torch.float8_e4m3fn)}
+
+
+def _scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    if spec.scale_format == E8M0:
+        return E8M0.encode(scale)
+    if spec.scale_format == E4M3:
+        return E4M3.encode(scale).view(torch.float8_e4m3fn)
+    scale = scale.to(_DTYPES[spec.scale_format])  # exact: it lies on that grid
+    return scale.reshape(1) if spec.granularity.rows is None else scale
+
+
+def _divisor(global_scale: Tensor) -> Tensor:
+    """The format divides by the scale of the scales."""
+    return (1 / global_scale).reshape(1)
