@@ -1,5 +1,8 @@
 """recoup recovers the quality that quantization costs."""
 
+from importlib import import_module
+from types import ModuleType
+
 from recoup.calibrate import calibrate
 from recoup.convert import convert
 from recoup.explain import explain
@@ -33,3 +36,10 @@ __all__ = [
     "resolve",
     "train",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`recoup.hf`, when it is asked for: it imports transformers."""
+    if name == "hf":
+        return import_module("recoup.hf")
+    raise AttributeError(f"module 'recoup' has no attribute {name!r}")

@@ -27,7 +27,7 @@ from recoup.schemes.parse import parse
 from recoup.schemes.presets import preset
 from recoup.schemes.scheme import Scheme
 
-Rung = Literal["rtn", "mse", "qat"]
+Rung = Literal["rtn", "moving-average", "percentile", "kl", "mse", "qat"]  # in order of cost
 LOSSES = ("task", "logits-kl", "hidden-mse", "hidden-cosine", "embedding-mse", "embedding-cosine")
 
 
@@ -65,6 +65,21 @@ def _known_losses(value: str | dict[str, float]) -> str | dict[str, float]:
     if not value:
         raise ValueError(f"an empty mixture of losses; there are {', '.join(LOSSES)}")
     return value
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key stands once; PyYAML itself lets the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice; keep one of them", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Section(BaseModel):
@@ -123,6 +138,10 @@ class TrainSettings(_Section):
         temperature: of logits-kl.
         evaluate_every: steps between looks at the held-out batches; the best step is kept.
         held_out: share of the training batches that is never trained on, for those looks.
+        early_stop: training ends after so many looks in a row without a lower held-out loss; null for never.
+        checkpoint_every: steps between checkpoints, where training has a folder for them.
+        activation_checkpointing: activations are computed again for the gradient instead of kept; the same
+            result to the bit, in less memory and more time.
     """
 
     steps: int = Field(default=500, ge=1)
@@ -138,6 +157,9 @@ class TrainSettings(_Section):
     temperature: float = Field(default=1.0, gt=0)
     evaluate_every: int = Field(default=50, ge=1)
     held_out: float = Field(default=0.05, gt=0, lt=1)
+    early_stop: int | None = Field(default=None, ge=1)
+    checkpoint_every: int = Field(default=50, ge=1)
+    activation_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _leaves_steps(self) -> "TrainSettings":
@@ -183,7 +205,7 @@ class Recipe(_Section):
         default=None, description='replaces the ranges of every weight spec; "learned" trains the scales too'
     )
     calibration: CalibrationSettings = CalibrationSettings()
-    rungs: tuple[Rung, ...] = Field(default=get_args(Rung), min_length=1)
+    rungs: tuple[Rung, ...] = Field(default=("rtn", "mse", "qat"), min_length=1)
     gates: tuple[GateSettings, ...] = ()
     train: TrainSettings = TrainSettings()
     export: ExportSettings = ExportSettings()
@@ -205,7 +227,7 @@ class Recipe(_Section):
             OSError: the file cannot be read.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceLoader)
         except yaml.YAMLError as error:
             where = getattr(error, "problem_mark", None)
             line = f" line {where.line + 1}" if where else ""

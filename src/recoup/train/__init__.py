@@ -1,15 +1,18 @@
 """The only room that steps an optimizer on the task."""
 
+from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError
 from recoup.train.losses import LOSSES
 from recoup.train.objective import float_copy
 from recoup.train.param_groups import check_scales_are_trained, param_groups
-from recoup.train.train import train, warmup_cosine
+from recoup.train.train import check_trainable, train, warmup_cosine
 
 __all__ = [
     "LOSSES",
     "NonFiniteLossError",
     "check_scales_are_trained",
+    "check_trainable",
+    "fingerprint",
     "float_copy",
     "param_groups",
     "train",

@@ -43,6 +43,14 @@ def first_nonfinite_module(model: nn.Module, batch: Batch) -> str:
     return found[0] if found else "the loss itself (every module's output is finite)"
 
 
+def first_nonfinite_gradient(model: nn.Module) -> str:
+    """Where gradients stop being finite: the last such parameter, because gradients flow backwards."""
+    found = [
+        name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+    ]
+    return found[-1] if found else "the sum over all parameters"
+
+
 def _floats(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point():

@@ -3,24 +3,34 @@
 AdamW on float32 master weights, warm-up and cosine, gradient clipping and accumulation, distillation from
 the float model, and the best step by held-out loss. Devices and processes are accelerate's: started by
 `torchrun` or `accelerate launch`, every process takes its own batches.
+
+With a folder for checkpoints, nothing is lost: a training that was killed goes on when it is called again,
+and ends with the very bits it would have ended with.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from recoup.nn import Batch, FakeQuantizer, device_of, moved, quantization_off
 from recoup.progress import progress
 from recoup.schemes.recipe import TrainSettings
-from recoup.train.finite import NonFiniteLossError, first_nonfinite_module
+from recoup.train.activations import activations_recomputed
+from recoup.train.best import Best
+from recoup.train.checkpoints import Checkpoints
+from recoup.train.fingerprint import fingerprint
+from recoup.train.finite import NonFiniteLossError, first_nonfinite_gradient, first_nonfinite_module
+from recoup.train.interrupt import interrupt_waits
 from recoup.train.objective import Objective, float_copy
 from recoup.train.param_groups import param_groups
+from recoup.train.rng import rng_state, set_rng_state
+from recoup.train.snapshot import load_state_of, state_of
 
 Record = Callable[[Mapping[str, float]], None]
 
@@ -33,6 +43,7 @@ def train(
     teacher: nn.Module | None = None,
     held_out: Sequence[Batch] = (),
     record: Record = lambda _: None,
+    checkpoints: str | Path | None = None,
 ) -> nn.Module:
     """Train a prepared model under fake quantization; in place, returns the model.
 
@@ -46,61 +57,44 @@ def train(
         settings: steps, rates and the loss; see `TrainSettings`.
         teacher: the float model; by default a copy of `model` as it is now, with quantization off.
         held_out: batches that are never trained on; without them the last step stays.
-        record: called with {"step", "loss", "learning_rate", "held_out" where measured} as training goes.
+        record: called with {"step", "loss", "learning_rate", "held_out" where measured, "stopped_early" at
+            a last step that is not `settings.steps`} as training goes; entries from before an interruption
+            are told again.
+        checkpoints: a folder. Every `settings.checkpoint_every` steps, after the last one and at Ctrl-C, all
+            that training knows is saved there; the same call goes on from it, to the same bits.
 
     Raises:
         ValueError: the model is not prepared, has parameters that are not float32, or returns nothing
-            that the loss could use; no batches.
-        NonFiniteLossError: the loss or a gradient is not finite; names the first module with such a value.
+            that the loss could use; no batches; early stop without held-out batches; checkpoints of
+            another training.
+        NonFiniteLossError: the loss or a gradient is not finite; names the first place with such a value.
+        OSError: a checkpoint cannot be written; those before it are kept.
     """
     from accelerate import Accelerator
 
     settings = settings or TrainSettings()
-    _check(model, batches)
+    check_trainable(model)
+    _check_batches(batches, settings, held_out)
     # Unless told that it runs on the CPU, accelerate takes the processes of torchrun for so many single ones.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=settings.accumulate
     )
+    identity = {} if checkpoints is None else _identity(model, batches, settings, teacher, held_out)
     teacher = float_copy(model) if teacher is None else teacher
     home = device_of(model)
     modes = {module: module.training for root in (model, teacher) for module in root.modules()}
-    objective = Objective(settings, teacher, accelerator.device, batches[0])
-    optimizer = torch.optim.AdamW(
-        param_groups(model, settings.learning_rate, settings.scale_learning_rate, settings.weight_decay)
-    )
-    schedule = LambdaLR(optimizer, warmup_cosine(settings.steps, settings.warmup))
-    wrapped, stepper = accelerator.prepare(model, optimizer)
-    stream = _stream(batches, accelerator.process_index, accelerator.num_processes)
-    best = _Best(model, objective, held_out)
-
-    def step_once(step: int) -> float:
-        total = 0.0
-        for _ in range(settings.accumulate):
-            batch = moved(next(stream), accelerator.device)
-            with accelerator.accumulate(wrapped), _delayed(model, step <= settings.start_step):
-                loss = objective(wrapped, batch)
-                total += _finite(loss, step, model, batch) / settings.accumulate
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm)
-                    _finite(loss if norm is None else norm, step, model, batch)
-                stepper.step()
-                stepper.zero_grad()
-        return total
-
     try:
+        objective = Objective(settings, teacher, accelerator.device, batches[0])
+        training = _Training(model, batches, settings, objective, held_out, accelerator)
         model.train("task" in ([settings.loss] if isinstance(settings.loss, str) else settings.loss))
-        record({"step": 0, **best.look(0)})
-        with progress("training", settings.steps, shown=accelerator.is_main_process) as advance:
-            for step in range(1, settings.steps + 1):
-                learning_rate = float(schedule.get_last_lr()[0])
-                loss = step_once(step)
-                schedule.step()
-                look = step % settings.evaluate_every == 0 or step == settings.steps
-                seen: dict[str, float] = best.look(step) if look else {}
-                record({"step": step, "loss": loss, "learning_rate": learning_rate, **seen})
-                advance(f"training, loss {loss:.4g}")
-        best.restore()
+        with activations_recomputed(model) if settings.activation_checkpointing else nullcontext():
+            if checkpoints is None:
+                training.run(record, None)
+            else:
+                identity["processes"] = accelerator.num_processes
+                training.run(
+                    record, Checkpoints(Path(checkpoints), identity, writes=accelerator.is_main_process)
+                )
     finally:
         accelerator.free_memory()
         model.to(home)
@@ -124,46 +118,174 @@ def warmup_cosine(steps: int, warmup: int) -> Callable[[int], float]:
     return share
 
 
-class _Best:
-    """The weights of the step with the lowest held-out loss so far, on the CPU."""
+class _Training:
+    """What a training knows, how it makes a step, and how it is saved.
 
-    def __init__(self, model: nn.Module, objective: Objective, held_out: Sequence[Batch]) -> None:
-        self.model, self.objective, self.held_out = model, objective, held_out
-        self.value = math.inf
-        self.state: dict[str, Tensor] = {}
+    The learning rate and the position in the batches follow from the step, so neither is state.
+    """
 
-    def look(self, step: int) -> dict[str, float]:
-        if not self.held_out:
-            return {}
-        value = self.objective.mean(self.model, self.held_out)
-        if step == 0 or value < self.value:
-            self.value = value
-            self.state = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
-        return {"held_out": value}
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        settings: TrainSettings,
+        objective: Objective,
+        held_out: Sequence[Batch],
+        accelerator: Any,
+    ) -> None:
+        self.model, self.batches, self.settings = model, batches, settings
+        self.objective, self.accelerator = objective, accelerator
+        self.optimizer = torch.optim.AdamW(
+            param_groups(model, settings.learning_rate, settings.scale_learning_rate, settings.weight_decay)
+        )
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.share = warmup_cosine(settings.steps, settings.warmup)
+        self.wrapped, self.stepper = accelerator.prepare(model, self.optimizer)
+        self.best = Best(model, objective, held_out, settings.early_stop)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
 
-    def restore(self) -> None:
-        if self.state:
-            self.model.load_state_dict(self.state)
+    def run(self, record: Record, checkpoints: Checkpoints | None) -> None:
+        """From the newest checkpoint, or from the start, to the last step; then back to the best one."""
+        saved = None if checkpoints is None else checkpoints.newest()
+        if saved is None:
+            self._tell({"step": 0, **self.best.look(0)}, record)
+        else:
+            self._resume(*saved)
+            for entry in self.history:
+                record(entry)
+        last, single = self.settings.steps, self.accelerator.num_processes == 1
+        waits: AbstractContextManager[Callable[[], bool]] = (
+            interrupt_waits() if checkpoints is not None and single else nullcontext(lambda: False)
+        )
+        stream = self._stream()
+        with waits as interrupted, progress("training", last, shown=self.accelerator.is_main_process) as bar:
+            for _ in range(self.step):
+                bar("training")
+            while self.step < last and not self.best.is_long_ago:
+                loss = self._one_step(stream, record)
+                bar(f"training, loss {loss:.4g}")
+                over = self.step == last or self.best.is_long_ago
+                if checkpoints is not None and (
+                    over or interrupted() or self.step % self.settings.checkpoint_every == 0
+                ):
+                    self._save(checkpoints)
+                if interrupted():
+                    raise KeyboardInterrupt
+        self.best.restore()
+
+    def _one_step(self, stream: Iterator[Batch], record: Record) -> float:
+        self.step += 1
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.share(self.step - 1)
+        loss = sum(self._accumulate(next(stream)) for _ in range(self.settings.accumulate))
+        entry = {"step": self.step, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
+            entry |= self.best.look(self.step)
+        if self.best.is_long_ago and self.step < self.settings.steps:
+            entry["stopped_early"] = 1.0
+        self._tell(entry, record)
+        return loss
+
+    def _accumulate(self, batch: Batch) -> float:
+        """One batch of a step; its share of the step's loss."""
+        batch = moved(batch, self.accelerator.device)
+        delayed = self.step <= self.settings.start_step
+        lattice = quantization_off(self.model) if delayed else nullcontext()
+        with self.accelerator.accumulate(self.wrapped), lattice:
+            loss = self.objective(self.wrapped, batch)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                culprit = first_nonfinite_module(self.model, batch)
+                raise NonFiniteLossError(f"step {self.step}: the loss is {value}; first in {culprit}")
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self._clip()
+            self.stepper.step()
+            self.stepper.zero_grad()
+        return value / self.settings.accumulate
+
+    def _clip(self) -> None:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(float(norm)):  # asked before clipping, which would spread it to all
+            culprit = first_nonfinite_gradient(self.model)
+            raise NonFiniteLossError(
+                f"step {self.step}: the loss is finite, but its gradient is {float(norm)}; first in {culprit}"
+            )
+        nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
+
+    def _tell(self, entry: dict[str, float], record: Record) -> None:
+        self.history.append(entry)
+        record(entry)
+
+    def _stream(self) -> Iterator[Batch]:
+        """The batches of this process, from those of the next step on."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        seen = self.step * self.settings.accumulate  # now: the step moves on while the stream is read
+        return (self.batches[i % len(self.batches)] for i in count(process + seen * processes, processes))
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        from accelerate.utils import gather_object
+
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "weights": state_of(self.model),
+            "optimizer": {
+                f"{parameter}.{name}": value
+                for parameter, state in self.optimizer.state_dict()["state"].items()
+                for name, value in state.items()
+            },
+        }
+        if self.best.state and self.best.step != self.step:
+            parts["best"] = self.best.state
+        checkpoints.save(
+            self.step,
+            parts,
+            {
+                "best": self.best.facts(),
+                "history": self.history,
+                "rng": gather_object([rng_state(self.accelerator.device)]),
+            },
+        )
+
+    def _resume(self, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        self.step, self.history = facts["step"], facts["history"]
+        load_state_of(self.model, parts["weights"])
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            parameter, _, key = name.partition(".")
+            states.setdefault(int(parameter), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        here = facts["best"]["step"] == self.step
+        self.best.resume(facts["best"], parts["weights"] if here else parts.get("best", {}))
+        set_rng_state(facts["rng"][self.accelerator.process_index], self.accelerator.device)
 
 
-def _stream(batches: Sequence[Batch], process: int, processes: int) -> Iterator[Batch]:
-    for index in count(process, processes):
-        yield batches[index % len(batches)]
+def _identity(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    settings: TrainSettings,
+    teacher: nn.Module | None,
+    held_out: Sequence[Batch],
+) -> dict[str, Any]:
+    """What a training follows from. What only decides when it is saved, and in what memory, is left out."""
+    without = {"checkpoint_every", "activation_checkpointing"}
+    return {
+        "settings": settings.model_dump(mode="json", exclude=without),
+        "model": fingerprint(state_of(model)),
+        "teacher": None if teacher is None else fingerprint(state_of(teacher)),
+        "batches": fingerprint(batches[index] for index in range(len(batches))),
+        "held-out batches": fingerprint(held_out[index] for index in range(len(held_out))),
+    }
 
 
-def _delayed(model: nn.Module, delayed: bool) -> Any:
-    return quantization_off(model) if delayed else nullcontext()
+def check_trainable(model: nn.Module) -> None:
+    """A model that can be trained under fake quantization.
 
-
-def _finite(value: Tensor, step: int, model: nn.Module, batch: Batch) -> float:
-    number = float(value.detach())
-    if not math.isfinite(number):
-        culprit = first_nonfinite_module(model, batch)
-        raise NonFiniteLossError(f"step {step}: the loss or its gradient is {number}; first in {culprit}")
-    return number
-
-
-def _check(model: nn.Module, batches: Sequence[Batch]) -> None:
+    Raises:
+        ValueError: it is not prepared, not calibrated, or has parameters to train that are not float32.
+    """
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
     if not quantizers:
         raise ValueError("nothing to train under: the model is not prepared; run recoup.prepare first")
@@ -178,5 +300,10 @@ def _check(model: nn.Module, batches: Sequence[Batch]) -> None:
             f"{low[0]} and {len(low) - 1} more parameters are not float32; training needs float32 master "
             "weights: call model.float() before recoup.prepare"
         )
+
+
+def _check_batches(batches: Sequence[Batch], settings: TrainSettings, held_out: Sequence[Batch]) -> None:
     if not batches:
         raise ValueError("training: no batches")
+    if settings.early_stop is not None and not held_out:
+        raise ValueError("early_stop: looks at held-out batches and there are none; pass held_out=batches")
