@@ -6,18 +6,29 @@ interrupted.
 
 import sys
 import traceback
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, CycloptsError
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from recoup.ladder import Part
 
 EXIT_CODES = {"passed": 0, "failed": 1, "undecided": 3}
 WRONG_INPUT, BUG, INTERRUPTED = 2, 70, 130
 
 app = App(
     name="recoup",
-    help="Recover the quality that quantization costs.",
+    help="""Recover the quality that quantization costs.
+
+    Example: recoup run recipes/demo.yaml
+
+    ptq, qat, export and validate are the parts of run, in the same folder. Whatever was stopped goes on when
+    the same command is given again. Exit codes: 0 passed, 1 failed, 2 wrong input, 3 undecided, 70 a bug, 130
+    interrupted.
+    """,
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # `_run` says how to go on
 )
@@ -57,17 +68,85 @@ def run(recipe: Path, *, to: Path | None = None) -> int:
     to
         The folder of the run. Default: runs/ and the name of the recipe.
     """
+    return _go(recipe, to, None)
+
+
+@app.command
+def ptq(recipe: Path, *, to: Path | None = None) -> int:
+    """Measure the float model, and climb the rungs that only calibrate.
+
+    Example: recoup ptq recipes/demo.yaml
+
+    Parameters
+    ----------
+    recipe
+        A YAML file; see docs/recipe.md.
+    to
+        The folder of the run. Default: runs/ and the name of the recipe.
+    """
+    return _go(recipe, to, "ptq")
+
+
+@app.command
+def qat(recipe: Path, *, to: Path | None = None) -> int:
+    """Go on with quantization-aware training, unless a rung before it passed; with ptq first.
+
+    Example: recoup qat recipes/demo.yaml
+
+    Parameters
+    ----------
+    recipe
+        A YAML file; see docs/recipe.md.
+    to
+        The folder of the run. Default: runs/ and the name of the recipe.
+    """
+    return _go(recipe, to, "qat")
+
+
+@app.command
+def export(recipe: Path, *, to: Path | None = None) -> int:
+    """Write the artefact of the best rung so far, whatever its outcome, and compare it code for code.
+
+    Example: recoup export recipes/demo.yaml
+
+    Parameters
+    ----------
+    recipe
+        A YAML file; see docs/recipe.md.
+    to
+        The folder of the run. Default: runs/ and the name of the recipe.
+    """
+    return _go(recipe, to, "export")
+
+
+@app.command
+def validate(recipe: Path, *, to: Path | None = None) -> int:
+    """Measure the exported artefact, ask the gates, and write the report.
+
+    Example: recoup validate recipes/demo.yaml
+
+    Parameters
+    ----------
+    recipe
+        A YAML file; see docs/recipe.md.
+    to
+        The folder of the run. Default: runs/ and the name of the recipe.
+    """
+    return _go(recipe, to, "validate")
+
+
+def _go(recipe: Path, to: Path | None, part: "Part | None") -> int:
+    """A run, or a part of it; one that is done only says so."""
     from recoup import Recipe, recover, tasks
-    from recoup.ladder import finished
+    from recoup.ladder import outcome_of_part
 
     parsed = Recipe.load(recipe)
     folder = to or Path("runs") / recipe.stem
-    done = finished(folder, parsed)
+    done = outcome_of_part(folder, parsed, part)
     if done is not None:
-        print(
-            f"{folder}: this run is done, with outcome {done['outcome']}; remove the folder to run it again"
-        )
-        return EXIT_CODES[done["outcome"]]
+        again = "" if part else "; remove the folder to run it again"
+        print(f"{folder}: {part or 'this run'} is done, with outcome {done}{again}")
+        return EXIT_CODES[done]
     task = tasks.load(parsed)
     result = recover(
         task.model,
@@ -80,8 +159,14 @@ def run(recipe: Path, *, to: Path | None = None) -> int:
         facts=task.facts,
         title=recipe.stem,
         say=_say,
+        part=part,
     )
-    print(f"{result.outcome}: {result.rung}; the report is {folder / 'report.html'}")
+    where = {
+        "ptq": f"so far in {folder}",
+        "qat": f"so far in {folder}",
+        "export": f"the artefact is {result.artefact}",
+    }.get(part or "", f"the report is {folder / 'report.html'}")
+    print(f"{result.outcome}: {result.rung}; {where}")
     return EXIT_CODES[result.outcome]
 
 
@@ -95,26 +180,42 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
+    from safetensors import SafetensorError
+
     from recoup.export import ParityError
     from recoup.train import NonFiniteLossError
 
+    wrong = (
+        CycloptsError,
+        ValueError,
+        OSError,
+        ImportError,
+        NonFiniteLossError,
+        SafetensorError,
+    )
     console = Console(stderr=True)
-    try:
-        result: Any = app(arguments, error_console=console, exit_on_error=False, print_error=False)
-    except KeyboardInterrupt:
-        print("interrupted; the same command starts the run again", file=sys.stderr)
-        return INTERRUPTED
-    except (CycloptsError, ValueError, OSError, ImportError, NonFiniteLossError) as error:
-        print(f"recoup: {_one_line(error)}", file=sys.stderr)
-        return WRONG_INPUT
-    except ParityError as error:
-        print(f"recoup: the export is wrong, and was removed: {_one_line(error)}", file=sys.stderr)
-        return BUG
-    except Exception:  # noqa: BLE001 (a bug: say so, and do not exit as if a gate had failed)
-        traceback.print_exc()
-        return BUG
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            result: Any = app(arguments, error_console=console, exit_on_error=False, print_error=False)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+            return INTERRUPTED
+        except wrong as error:
+            print(f"recoup: {_one_line(error)}", file=sys.stderr)
+            return WRONG_INPUT
+        except ParityError as error:
+            print(f"recoup: the export is wrong, and was removed: {_one_line(error)}", file=sys.stderr)
+            return BUG
+        except Exception:  # noqa: BLE001 (a bug: say so, and do not exit as if a gate had failed)
+            traceback.print_exc()
+            return BUG
     return result if isinstance(result, int) else 0
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _warn(message: Warning | str, *_: Any) -> None:
+    print(f"recoup: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(said: object) -> str:
+    return " ".join(str(said).split())

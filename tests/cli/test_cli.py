@@ -4,33 +4,38 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from torch import nn
 
 from recoup import cli
 from recoup.cli import _run
-from recoup.export import TARGETS, Parity, ParityError
+from recoup.export import ParityError
 from recoup.train import NonFiniteLossError
-from recoup.validate import Cost
+from tests.ladder.conftest import quick
 from tests.tasks.conftest import model, model_files, settings
 
-__all__ = ["model", "model_files", "settings"]  # fixtures
+__all__ = ["model", "model_files", "quick", "settings"]  # fixtures
 
-COST = Cost(bytes=1, seconds=0.001, peak_bytes=1, batch="16 x 32")
 TASK = """
+import warnings
+from pathlib import Path
+
 import torch
 
-def parts(right, raises=None):
+def parts(right, raises=None, warns=None):
+    torch.manual_seed(0)
     left = list(right)
+    if warns:
+        warnings.warn(warns)
 
     def evaluate(model):
+        if not left:  # a later command: what it finds right is in a file
+            left.extend(int(line) for line in Path("right.txt").read_text().split())
         if raises:
             raise {"KeyboardInterrupt": KeyboardInterrupt, "ZeroDivisionError": ZeroDivisionError}[raises]
         count = left.pop(0)
@@ -68,27 +73,6 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
     return write
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export that costs nothing."""
-
-    def write(model: nn.Module, folder: Path, example: Any) -> None:
-        torch.save(model, folder / "model.pt")
-
-    monkeypatch.setitem(
-        TARGETS,
-        "onnx",
-        replace(
-            TARGETS["onnx"],
-            write=write,
-            verify=lambda *_: Parity(modules=1, codes=1, scales=1, worst_module=0.0, end_to_end=0.0),
-            load=lambda folder: torch.load(folder / "model.pt", weights_only=False),
-            costs=lambda folders, batch: (COST, COST),
-        ),
-    )
-    monkeypatch.setattr(importlib.import_module("recoup.ladder.ladder"), "write", lambda record, folder: None)
-
-
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("right", "outcome", "code"),
@@ -107,6 +91,7 @@ def test_the_outcome_is_the_exit_code(
     assert said.out.splitlines()[-1] == f"{outcome}: rtn; the report is out/report.html"
     assert not said.err
     assert json.loads(Path("out/run.json").read_text())["outcome"] == outcome
+    assert not Path("out/unfinished").exists()
     # The same command again: it is done, says so, and exits the same way.
     assert _run(["run", str(recipe), "--to", "out"]) == code
     again = capsys.readouterr()
@@ -125,7 +110,9 @@ def test_interruptions_and_bugs_are_no_verdicts(
 ) -> None:
     assert _run(["run", str(custom([20], {"raises": raises})), "--to", "out"]) == code
     said = capsys.readouterr().err
-    expected = "interrupted; the same command starts the run again" if code == 130 else "ZeroDivisionError"
+    expected = (
+        "interrupted; the same command goes on where it stopped" if code == 130 else "ZeroDivisionError"
+    )
     assert said.splitlines()[-1] == expected
     assert ("Traceback" in said) == (code == 70)
     assert not Path("out/run.json").exists()
@@ -176,6 +163,108 @@ def test_main_exits_with_the_code(custom: Callable[..., Path], capsys: pytest.Ca
         cli.main(["--help"])
     assert done.value.code == 0
     assert "explain" in capsys.readouterr().out
+
+
+# --- the parts of a run, and how it goes on ---------------------------------------------------------------
+
+COMMANDS = ("explain", "run", "ptq", "qat", "export", "validate")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run([command, "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Usage: recoup {command} " in said
+    assert f"Example: recoup {command} recipes/demo.yaml" in said
+    assert ("--to" in said) == (command != "explain")
+
+
+def test_help_names_every_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Example: recoup run recipes/demo.yaml" in said
+    assert "0 passed, 1 failed, 2 wrong input, 3 undecided" in said
+    assert all(f" {command} " in said for command in COMMANDS)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_parts_one_after_another(custom: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = custom([], rungs=["rtn", "qat"], train={"steps": 2}, calibration={"samples": 64})
+
+    def part(name: str, right: str) -> tuple[int, str]:
+        Path("right.txt").write_text(right)
+        code = _run([name, str(recipe), "--to", "out"])
+        said = capsys.readouterr()
+        assert not said.err
+        return code, said.out.splitlines()[-1]
+
+    assert part("ptq", "20 4") == (1, "failed: rtn; so far in out")
+    assert part("ptq", "") == (1, "out: ptq is done, with outcome failed")
+    assert part("qat", "16") == (3, "undecided: qat; so far in out")
+    assert part("export", "") == (3, f"undecided: qat; the artefact is {Path('out/artefact')}")
+    assert part("export", "") == (3, "out: export is done, with outcome undecided")
+    assert part("validate", "20") == (0, "passed: qat; the report is out/report.html")
+    for name in ("run", "ptq", "qat", "export", "validate"):
+        code, line = part(name, "")
+        assert (code, "is done, with outcome passed" in line) == (0, True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_part_without_what_comes_before_it_is_one_line(
+    custom: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = custom([20])
+    before = tree(tmp_path)
+    for command in ("export", "validate"):
+        assert _run([command, str(recipe), "--to", "out"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == "recoup: out: no rung is measured yet; run recoup ptq or recoup qat first"
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interrupted_command_goes_on(
+    custom: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = custom([20])
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("recoup.ladder.climb"), "calibrate", interrupt)
+        assert _run(["run", str(recipe), "--to", "out"]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on where it stopped\n"
+    Path("right.txt").write_text("20")
+    assert _run(["run", str(recipe), "--to", "out"]) == 0
+    assert "going on; measured already: baseline" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_warning_is_one_line(custom: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = custom([20, 20, 20], {"warns": "train and test\noverlap by 3 %"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert _run(["run", str(recipe), "--to", "out"]) == 0
+    assert capsys.readouterr().err == "recoup: warning: train and test overlap by 3 %\n"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_full_disk_is_one_line_and_the_command_goes_on(
+    custom: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = custom([20, 20, 20])
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("recoup.train.snapshot"), "save_file", full)
+        assert _run(["run", str(recipe), "--to", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("recoup: out/unfinished/steps/step-000001: cannot be written (No space left on")
+    assert line.endswith("what was saved before it is kept: make room, and run the same again")
+    assert _run(["run", str(recipe), "--to", "out"]) == 0
 
 
 # --- wrong input: one line, exit code 2, no new file ----------------------------------------------------

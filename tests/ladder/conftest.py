@@ -1,9 +1,6 @@
-"""A small classifier, a scripted evaluation, and a target that costs nothing."""
+"""A small classifier, a scripted evaluation, and the stand-in for a target."""
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -13,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup import Recipe
-from recoup.export import TARGETS, Parity
-from recoup.validate import Cost, Report, markdown
+
+from .stand_in import install
 
 WIDTH = 32
-COST = Cost(bytes=400, seconds=0.004, peak_bytes=10**6, batch="2 x 32")
 
 
 class Classifier(nn.Module):
@@ -79,27 +75,8 @@ def scripted(*right: float | Sequence[float], samples: int = 100) -> Callable[[n
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A target that writes the model with torch.save, a report without pictures, no type checks."""
-
-    def report(record: Report, folder: Path) -> None:
-        (folder / "report.md").write_text(markdown(record))
-        (folder / "report.html").write_text("no pictures")
-
-    def write(model: nn.Module, folder: Path, example: Any) -> None:
-        torch.save(model, folder / "model.pt")
-
-    monkeypatch.setitem(
-        TARGETS,
-        "onnx",
-        replace(
-            TARGETS["onnx"],
-            write=write,
-            verify=lambda *_: Parity(modules=2, codes=1, scales=1, worst_module=0.0, end_to_end=0.0),
-            load=lambda folder: torch.load(folder / "model.pt", weights_only=False),
-            costs=lambda folders, batch: (COST, COST),
-        ),
-    )
-    monkeypatch.setattr(importlib.import_module("recoup.ladder.ladder"), "write", report)
+    """The stand-in target, and no type checks."""
+    install(monkeypatch)
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -13,7 +13,6 @@ from torch import nn
 
 from recoup import Plan, Recipe, Result, Samples, calibrate, prepare, ptq, recover, resolve
 from recoup.engines.onnxruntime import OnnxModel, size_bytes
-from recoup.export import ParityError
 from recoup.nn import FakeQuantizer
 
 from .conftest import Classifier, batches, labels, recipe, scripted
@@ -69,7 +68,15 @@ def test_it_goes_on_to_training_when_it_has_to(model: Classifier, tmp_path: Path
     assert "held_out" in result.record.curve[0]
     assert not torch.equal(model.up.weight, before)
     assert set(result.record.layer_errors) == {"rtn", "mse", "qat"}
-    assert events(tmp_path / "run") == ["baseline", "rung", "rung", *["train"] * 4, "rung", "artefact"]
+    assert events(tmp_path / "run") == [
+        "baseline",
+        "rung",
+        "rung",
+        *["train"] * 4,
+        "rung",
+        "export",
+        "artefact",
+    ]
 
 
 @pytest.mark.usefixtures("quick")
@@ -215,7 +222,7 @@ def test_the_folder_holds_all_that_was_promised(real: dict[str, Any]) -> None:
     assert {path.name for path in (folder / "artefact").iterdir()} == {"model.onnx", "parity.json"}
     assert Recipe.load(folder / "recipe.yaml") == recipe("w4a8")
     assert Plan.from_json(json.loads((folder / "plan.json").read_text())) == real["plan"]
-    assert events(folder) == ["baseline", "rung", "artefact"]
+    assert events(folder) == ["baseline", "rung", "export", "artefact"]
     assert "passed" in (folder / "report.md").read_text()
     assert "a classifier" in (folder / "report.html").read_text()
     assert any("rung rtn" in line for line in real["said"])
@@ -258,10 +265,16 @@ def test_the_facts_tell_how_to_repeat_it(real: dict[str, Any], fitted_state: dic
     again, data = Classifier(), batches(1)
     again.load_state_dict(fitted_state)
     assert len(facts["sha256 of the float weights"]) == 64
-    assert of(again, data, recipe())["sha256 of the float weights"] == facts["sha256 of the float weights"]
+    assert (
+        of(again, data, (), recipe())["sha256 of the float weights"] == facts["sha256 of the float weights"]
+    )
     other = Classifier()
-    assert of(other, data, recipe())["sha256 of the float weights"] != facts["sha256 of the float weights"]
-    hashes = [of(again, d, recipe())["sha256 of the calibration batches"] for d in (data, data, batches(1))]
+    assert (
+        of(other, data, (), recipe())["sha256 of the float weights"] != facts["sha256 of the float weights"]
+    )
+    hashes = [
+        of(again, d, (), recipe())["sha256 of the calibration batches"] for d in (data, data, batches(1))
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -317,28 +330,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     ) as error:
         climbed(Classifier(), tmp_path / "file" / "run", never)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ParityError, MemoryError])
-def test_an_interrupted_run_starts_again(
-    model: Classifier, tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    evaluate, folder = scripted(100, 100, 100), tmp_path / "run"
-
-    def interrupted(model: nn.Module) -> Any:
-        if len(evaluate.models) == 2:
-            raise error("stop")
-        return evaluate(model)
-
-    with pytest.raises(error, match="stop"):
-        climbed(model, folder, interrupted)
-    assert (folder / "artefact").is_dir()
-    assert (folder / "recipe.yaml").is_file()
-    assert not (folder / "run.json").exists()
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-    assert climbed(Classifier(), folder, scripted(100, 100, 100)).outcome == "passed"
-    assert events(folder) == ["baseline", "rung", "artefact"]  # of the second run alone
 
 
 def test_ptq_is_resolve_prepare_calibrate() -> None:

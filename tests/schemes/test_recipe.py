@@ -125,13 +125,14 @@ MISTAKES = {
     ),
     "rungs out of order": (
         b"scheme: w4a16\nrungs: [qat, rtn]",
-        "as a whole: rungs go from cheap to dear, each once: a part of rtn, mse, qat",
+        "as a whole: rungs go from cheap to dear, each once: a part of rtn, moving-average, percentile, kl, "
+        "mse, qat",
     ),
     "rung twice": (b"scheme: w4a16\nrungs: [rtn, rtn]", "as a whole: rungs go from cheap to dear, each once"),
     "no rung": (b"scheme: w4a16\nrungs: []", "rungs: tuple should have at least 1 item"),
     "rung": (
         b"scheme: w4a16\nrungs: [rtn, qta]",
-        "rungs.1: input should be 'rtn', 'mse' or 'qat', found 'qta'",
+        "rungs.1: input should be 'rtn', 'moving-average', 'percentile', 'kl', 'mse' or 'qat', found 'qta'",
     ),
     "loss": (
         b"scheme: w4a16\ntrain: {loss: distil}",
@@ -148,6 +149,18 @@ MISTAKES = {
     "distill in a mixture": (
         b"scheme: w4a16\ntrain: {loss: {distill: 1}}",
         "train.loss: no loss 'distill'; ",
+    ),
+    "a key twice": (
+        b"scheme: w4a16\ntrain: {steps: 5}\nseed: 1\ntrain: {steps: 6}",
+        "line 4 not YAML: the key 'train' stands twice; keep one of them",
+    ),
+    "a key twice in a section": (
+        b"scheme: w4a16\ntrain:\n  steps: 5\n  steps: 6",
+        "line 4 not YAML: the key 'steps' stands twice; keep one of them",
+    ),
+    "no patience": (
+        b"scheme: w4a16\ntrain: {early_stop: 0}",
+        "train.early_stop: input should be greater than or equal to 1, found 0",
     ),
     "no loss": (
         b"scheme: w4a16\ntrain: {loss: {}}",

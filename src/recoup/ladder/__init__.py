@@ -1,6 +1,7 @@
 """Composition: the whole path from a float model to a proven artefact."""
 
 from recoup.ladder.ladder import Result, ptq, recover
-from recoup.ladder.run_folder import finished
+from recoup.ladder.run_folder import outcome_of_part
+from recoup.ladder.standing import Part
 
-__all__ = ["Result", "finished", "ptq", "recover"]
+__all__ = ["Part", "Result", "outcome_of_part", "ptq", "recover"]

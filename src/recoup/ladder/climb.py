@@ -1,28 +1,40 @@
 """The climb: rung after rung on one prepared model, a gate after each, until one passes."""
 
-import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recoup.calibrate import calibrate
+from recoup.export import target_named
 from recoup.ladder.run_folder import RunFolder
-from recoup.nn import Batch, FakeQuantizer
+from recoup.nn import Batch, FakeQuantizer, without_labels
 from recoup.schemes import Recipe
 from recoup.train import train as train_under_quantization
+from recoup.train.snapshot import state_of
 from recoup.validate import Gate, Rung, Samples, outcome_of
 from recoup.validate.layers import layer_errors
+from recoup.validate.modes import evaluation
 
 Evaluate = Callable[[nn.Module], Samples | Mapping[str, Any]]
+OBSERVERS = {"rtn": "minmax"} | {name: name for name in ("moving-average", "percentile", "kl", "mse")}
 
 
 class Climb:
-    """The rungs of a recipe.
+    """The rungs of a recipe, each a step of the run that is not done again.
 
-    After `to_the_first_that_passes`: `rungs` are the attempts, `curve` the training entries, `errors` the
-    error that quantization adds in every module, by rung.
+    Args:
+        model: prepared. What the best rung so far made of it is loaded from the run.
+        recipe: of the run.
+        gates: that every rung is asked.
+        before: what the float model scored.
+        evaluate: the measurement.
+        calibration, train: batches.
+        run: the folder; what it says is finished stays so.
+        say: is told what happens.
     """
 
     def __init__(
@@ -40,35 +52,33 @@ class Climb:
         self.model, self.recipe, self.run, self.say = model, recipe, run, say
         self.gates, self.before, self.evaluate = gates, before, evaluate
         self.calibration, self.train = calibration, train
-        self.rungs: list[Rung] = []
-        self.curve: list[dict[str, float]] = []
-        self.errors: dict[str, dict[str, float]] = {}
-        self.climb: dict[str, Callable[[], None]] = {
-            "rtn": lambda: self._calibrate("minmax"),
-            "mse": lambda: self._calibrate("mse"),
-            "qat": self._train,
-        }
+        self.settle = target_named(recipe.export.target).settle
+        if run.state:  # without calibration, which leaves the example too
+            model.recoup_example = without_labels(calibration[0])  # pyright: ignore[reportArgumentType]
+            self._to_the_best()
 
-    def to_the_first_that_passes(self) -> Rung:
-        """The first rung that passes, or else the best; the model is left as that rung made it."""
-        best: Rung | None = None
-        state: dict[str, Tensor] = {}
-        for name in self.recipe.rungs:
+    def up(self, rungs: tuple[str, ...]) -> Rung | None:
+        """Climb until a rung passes; the best so far. The model is left as that one made it."""
+        standing = self.run.standing
+        for name in standing.left(rungs):
+            if name not in standing.left(rungs):
+                break  # the one before it passed
             rung = self._measured(name)
-            if best is None or _merit(rung) > _merit(best):
-                best, state = rung, _moving_state(self.model, weights="qat" in self.recipe.rungs)
+            if standing.best is rung:
+                self.run.state = _moving_state(self.model, weights="qat" in self.recipe.rungs)
             else:  # qat starts from the better calibration, and a worse qat is not kept
-                self.model.load_state_dict(state, strict=False)
-            if rung.outcome == "passed":
-                break
-        assert best is not None
-        return best
+                self._to_the_best()
+            self.run.save()
+            if name == "qat":
+                shutil.rmtree(self.run.training, ignore_errors=True)
+        return standing.best
 
     def _measured(self, name: str) -> Rung:
         self.say(f"rung {name}")
         start = time.monotonic()
-        self.climb[name]()
-        after = Samples.of(self.evaluate(self.model))
+        torch.manual_seed(self.recipe.seed)  # a rung draws the same numbers, whatever was before it
+        self._train() if name == "qat" else self._calibrate(OBSERVERS[name])
+        after = measured(self.evaluate, self.model)
         verdicts = [gate.check(self.before, after) for gate in self.gates]
         rung = Rung(
             name=name,
@@ -77,29 +87,50 @@ class Climb:
             seconds=time.monotonic() - start,
             outcome=outcome_of(verdicts),
         )
-        self.rungs.append(rung)
-        self.errors[name] = layer_errors(self.model, self.calibration[0])
+        self.run.standing.rungs.append(rung)
+        self.run.standing.errors[name] = layer_errors(self.model, self.calibration[0])
         self.run.record("rung", **rung_json(rung))
         for verdict in verdicts:
             self.say(f"  {verdict}")
         return rung
 
     def _calibrate(self, observer: str) -> None:
-        calibrate(self.model, self.calibration, observer=observer, samples=self.recipe.calibration.samples)
+        samples = self.recipe.calibration.samples
+        self.settle(calibrate(self.model, self.calibration, observer=observer, samples=samples))
 
     def _train(self) -> None:
-        if not self.rungs:
+        if not self.run.standing.rungs:
             self._calibrate("mse")
         settings = self.recipe.train
         held_out = min(max(1, round(settings.held_out * len(self.train))), len(self.train) - 1)
+        curve = self.run.standing.curve = []
 
         def record(entry: Mapping[str, float]) -> None:
-            self.curve.append(dict(entry))
+            curve.append(dict(entry))
             self.run.record("train", **entry)
+            if "stopped_early" in entry:
+                self.say(
+                    f"  stopped at step {entry['step']:.0f} of {settings.steps}: {settings.early_stop} looks "
+                    "without a lower held-out loss"
+                )
 
         train_under_quantization(
-            self.model, self.train[held_out:], settings, held_out=self.train[:held_out], record=record
+            self.model,
+            self.train[held_out:],
+            settings,
+            held_out=self.train[:held_out],
+            record=record,
+            checkpoints=self.run.training,
         )
+
+    def _to_the_best(self) -> None:
+        self.model.load_state_dict(dict(self.run.state), strict=False)
+
+
+def measured(evaluate: Evaluate, model: nn.Module) -> Samples:
+    """What a model scores; refuses one that is measured in training mode."""
+    with evaluation(model):
+        return Samples.of(evaluate(model))
 
 
 def rung_json(rung: Rung) -> dict[str, Any]:
@@ -113,21 +144,11 @@ def rung_json(rung: Rung) -> dict[str, Any]:
     }
 
 
-def _merit(rung: Rung) -> tuple[int, float]:
-    """Outcome first, then the gate with the least room, in units of its limit."""
-    order = {"failed": 0, "undecided": 1, "passed": 2}
-    room = [
-        1 - (v.change if v.direction == "increase" else -v.change) / max(v.limit, 1e-12)
-        for v in rung.verdicts
-    ]
-    return order[rung.outcome], min(share if math.isfinite(share) else -math.inf for share in room)
-
-
 def _moving_state(model: nn.Module, *, weights: bool) -> dict[str, Tensor]:
     """A copy of what the rungs change: the ranges, and the weights where one of them trains."""
     ranges = {name for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
     return {
         name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state_of(model).items()
         if weights or name.rpartition(".")[0] in ranges
     }

@@ -1,32 +1,40 @@
 """What a reader needs to know to repeat a run: versions, machine, seed, and checksums of model and data."""
 
-import hashlib
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recoup.nn import Batch
 from recoup.schemes import Recipe
+from recoup.train import fingerprint
 
 _PACKAGES = ("recoup", "torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
 
 
-def facts_of(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> dict[str, str]:
+def facts_of(
+    model: nn.Module, calibration: Sequence[Batch], train: Sequence[Batch], recipe: Recipe
+) -> dict[str, str]:
     """Everything by name, as text."""
     return {
         "seed": str(recipe.seed),
-        "sha256 of the float weights": _sha256(model.state_dict()),
-        "sha256 of the calibration batches": _sha256(batches),
+        "sha256 of the float weights": fingerprint(model.state_dict()),
+        "sha256 of the calibration batches": fingerprint(calibration),
+        "sha256 of the training batches": fingerprint(train),
         "machine": f"{_processor()}, {platform.system()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: found for package in _PACKAGES if (found := _version(package))},
     }
+
+
+def identity_of(facts: Mapping[str, str]) -> dict[str, str]:
+    """Those facts that a run cannot go on without: the checksums of its model and of its data."""
+    return {name: fact for name, fact in facts.items() if "sha256" in name}
 
 
 def _processor() -> str:
@@ -41,24 +49,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _sha256(values: object) -> str:
-    digest = hashlib.sha256()
-
-    def add(value: object) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif isinstance(value, Mapping):
-            for name, entry in value.items():  # pyright: ignore[reportUnknownVariableType]
-                digest.update(str(name).encode())
-                add(entry)
-        elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-            for entry in value:  # pyright: ignore[reportUnknownVariableType]
-                add(entry)
-        else:
-            digest.update(repr(value).encode())
-
-    add(values)
-    return digest.hexdigest()

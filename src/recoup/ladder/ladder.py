@@ -3,32 +3,36 @@
     float model -> baseline -> rtn -> gate -> mse -> gate -> qat -> gate -> export -> gate on the file
 
 The first rung that passes every gate is the result. What is judged in the end is the exported file, read
-back and run in its engine; the model in memory was only the way there.
+back and run in its engine; the model in memory was only the way there. Every arrow is a step that is on the
+disk before the next one begins: a run that was stopped goes on where it was.
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recoup.calibrate import calibrate
-from recoup.explain import explain
-from recoup.export import Parity, export, preflight, target_named
+from recoup.explain import Explanation, explain
+from recoup.export import export, preflight, target_named
+from recoup.export.export import Target
 from recoup.ladder.account import notes_of, run_json
-from recoup.ladder.climb import Climb, Evaluate, rung_json
-from recoup.ladder.facts import facts_of
-from recoup.ladder.run_folder import PLAN, RUN, RunFolder
+from recoup.ladder.climb import Climb, Evaluate, measured, rung_json
+from recoup.ladder.facts import facts_of, identity_of
+from recoup.ladder.run_folder import PLAN, RunFolder, outcome_of_part
+from recoup.ladder.standing import Part, rungs_of
 from recoup.nn import Batch, size_of, without_labels
 from recoup.prepare import prepare, resolve
 from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
-from recoup.validate import Cost, Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
+from recoup.transforms import fuse
+from recoup.validate import Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
 
 
 def ptq(
@@ -58,12 +62,12 @@ class Result:
     """What came out of a run.
 
     Args:
-        outcome: "passed", "failed" or "undecided", judged on the exported file where there is one.
+        outcome: "passed", "failed" or "undecided", judged on the exported file where it was measured.
         rung: the rung that was chosen: the first that passed, or else the best.
-        verdicts: of the exported file, or of the chosen rung where nothing was exported.
+        verdicts: of the exported file, or of the chosen rung where no file was measured.
         folder: of the run.
-        artefact: the exported folder; None if every rung failed.
-        model: as it was exported, prepared.
+        artefact: the exported folder; None where there is none, as when every rung failed.
+        model: as the chosen rung made it, prepared.
         record: everything the report says.
     """
 
@@ -93,10 +97,13 @@ def recover(
     facts: Mapping[str, str] | None = None,
     title: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    part: Part | None = None,
 ) -> Result:
     """Find the cheapest path to a quantized model that passes every gate, and prove it on the exported file.
 
-    Changes the model in place. Everything that can be refused is refused before the first measurement.
+    Changes the model in place. Everything that can be refused is refused before the first measurement. A run
+    that was stopped, by whatever, goes on when it is called again with the float model and the same data, and
+    ends as if nothing had happened.
 
     Args:
         model: float.
@@ -108,16 +115,72 @@ def recover(
         train: batches for the rung "qat". A share of them (`train.held_out`) is kept for choosing the step.
         folder: of the run; see `run_folder.py` for what it will hold.
         baseline: what `evaluate` says of the float model, if that is known already.
-        facts: more to say in the report about model and data.
+        facts: more to say in the report about model and data. Those with "sha256" in their name belong to
+            the run: it goes on only where they are the same.
         title: of the report.
         say: is told what happens, a line at a time.
+        part: do a part of the run only: "ptq" climbs the rungs before qat, "qat" all of them, "export"
+            writes the best rung's artefact whatever its outcome, "validate" measures that and writes the
+            report. None does all of it, and exports nothing where every rung failed.
 
     Raises:
         ValueError: recipe, model, data or folder cannot be used; one line.
+        OSError: the folder cannot be written; what was saved before is kept.
         NonFiniteLossError, ParityError: training or export went wrong; see there.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    gates = _gates(recipe)
+    gates, rungs = _gates(recipe), rungs_of(part, recipe)
+    _check_data(recipe, calibration, train)
+    if part in ("export", "validate"):
+        outcome_of_part(folder, recipe, part)
+    known = {**facts_of(model, calibration, train, recipe), **(facts or {})}
+    example = without_labels(calibration[0])
+    fuse(model, example)
+    plan = resolve(model, recipe)
+    preflight(model, plan, recipe.export.target)
+    given = None if baseline is None else _askable(baseline, gates)
+    account = explain(model, plan)
+
+    run = RunFolder(folder, recipe, identity_of(known))
+    target = target_named(recipe.export.target)
+    if run.standing.step:
+        done = ", ".join(["baseline", *(rung.name for rung in run.standing.rungs)])
+        say(f"going on; measured already: {done}")
+    before = _baseline(run, recipe, gates, model, evaluate, given, say)
+    _write_float_file(run, target, model, example)
+    prepare(model, plan)
+    run.write_json(PLAN, plan.to_json())
+    chosen = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say).up(rungs)
+    assert chosen is not None
+    standing = run.standing
+    if standing.exported != chosen.name and (
+        part == "export" or (part is None and chosen.outcome != "failed")
+    ):
+        _export(run, recipe, model, example, chosen, say)
+    shipped = standing.exported == chosen.name
+    if shipped and part in (None, "validate"):
+        _measure_artefact(run, recipe, target, example, gates, before, evaluate, say)
+    if shipped:
+        known["parity"] = standing.parity
+    title = title or "recoup run"
+    record = _report(title, run, recipe, plan, account, chosen, before, known)
+    if part in (None, "validate"):
+        write(record, run.path)
+        if not standing.left(recipe.rungs):
+            run.finish(run_json(record, run.seconds))
+    final = standing.artefact or chosen
+    return Result(
+        outcome=final.outcome,
+        rung=chosen.name,
+        verdicts=final.verdicts,
+        folder=run.path,
+        artefact=run.artefact if shipped else None,
+        model=model,
+        record=record,
+    )
+
+
+def _check_data(recipe: Recipe, calibration: Sequence[Batch], train: Sequence[Batch]) -> None:
     if "qat" in recipe.rungs and len(train) < 2:
         raise ValueError(
             f"the rung qat needs at least 2 training batches, one of them held out; found {len(train)}"
@@ -130,110 +193,146 @@ def recover(
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("recover writes one folder from one process; under torchrun call recoup.train")
-    plan = resolve(model, recipe)
-    preflight(model, plan, recipe.export.target)
-    target = target_named(recipe.export.target)
-    before = None if baseline is None else _askable(baseline, gates)
-    run = RunFolder(folder, recipe)
-    torch.manual_seed(recipe.seed)
-
-    example = without_labels(calibration[0])
-    known = {**facts_of(model, calibration, recipe), **(facts or {})}
-    account = explain(model, plan)
-    if before is None:
-        say("measuring the float model")
-        before = _askable(evaluate(model), gates)
-    run.record("baseline", metrics=before.summary())
-    say(f"float: {_line(before.summary())}")
-
-    with tempfile.TemporaryDirectory() as float_folder:
-        with busy("writing the float file"):
-            target.write(model, Path(float_folder), example)
-        prepare(model, plan)
-        run.write_json(PLAN, plan.to_json())
-        climb = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say)
-        chosen = climb.to_the_first_that_passes()
-        shipped = None
-        if chosen.outcome != "failed":
-            shipped = _ship(model, recipe, run, Path(float_folder), example, gates, before, evaluate, say)
-            known["parity"] = str(shipped.parity)
-    final = chosen if shipped is None else shipped.rung
-    costs = (None, None) if shipped is None else shipped.costs
-
-    record = Report(
-        title=title or "recoup run",
-        scheme=_scheme_text(plan, recipe),
-        target=recipe.export.target,
-        outcome=final.outcome,
-        rung=chosen.name,
-        baseline=before.summary(),
-        rungs=climb.rungs,
-        artefact=None if shipped is None else shipped.rung,
-        float_cost=costs[0],
-        artefact_cost=costs[1],
-        curve=climb.curve,
-        layer_errors=climb.errors,
-        notes=notes_of(account, costs),
-        facts=known,
-    )
-    write(record, run.path)
-    run.write_json(RUN, run_json(record, time.monotonic() - run.start))
-    return Result(
-        outcome=final.outcome,
-        rung=chosen.name,
-        verdicts=final.verdicts,
-        folder=run.path,
-        artefact=None if shipped is None else shipped.folder,
-        model=model,
-        record=record,
-    )
 
 
-class _Shipped(NamedTuple):
-    folder: Path
-    parity: Parity
-    rung: Rung
-    costs: tuple[Cost, Cost]
-
-
-def _ship(
-    model: nn.Module,
-    recipe: Recipe,
+def _baseline(
     run: RunFolder,
-    float_folder: Path,
+    recipe: Recipe,
+    gates: list[Gate],
+    model: nn.Module,
+    evaluate: Evaluate,
+    given: Samples | None,
+    say: Callable[[str], None],
+) -> Samples:
+    """What the float model scores, sample by sample: as it is on the disk, as it was given, or measured."""
+    if run.baseline:
+        return _samples(run.baseline)
+    if given is None:
+        say("measuring the float model")
+        torch.manual_seed(recipe.seed)
+        given = _askable(measured(evaluate, model), gates)
+    run.record("baseline", metrics=given.summary())
+    say(f"float: {_line(given.summary())}")
+    run.baseline = _tensors(given)
+    run.save()
+    return given
+
+
+def _write_float_file(run: RunFolder, target: Target, model: nn.Module, example: Batch) -> None:
+    """The float model as the engine runs it, for the costs; before `prepare`, and once."""
+    if run.float_file.exists():
+        return
+    draft = run.float_file.with_name(".float")
+    draft.mkdir()
+    with busy("writing the float file"):
+        target.write(model, draft, example)
+    draft.rename(run.float_file)
+
+
+def _export(
+    run: RunFolder,
+    recipe: Recipe,
+    model: nn.Module,
+    example: Batch,
+    chosen: Rung,
+    say: Callable[[str], None],
+) -> None:
+    """Write the artefact of a rung, in the place of one of a rung before it."""
+    standing = run.standing
+    say(f"exporting {chosen.name} ({chosen.outcome}) for {recipe.export.target}")
+    standing.exported = standing.artefact = standing.costs = None
+    run.free_artefact()
+    run.save()
+    with busy("exporting"):
+        parity = export(model, run.artefact, recipe.export.target, example=example)
+    run.record("export", rung=chosen.name, parity=parity.to_json())
+    say(f"the file is what was trained: {parity}")
+    standing.exported, standing.parity = chosen.name, str(parity)
+    run.save()
+
+
+def _measure_artefact(
+    run: RunFolder,
+    recipe: Recipe,
+    target: Target,
     example: Batch,
     gates: list[Gate],
     before: Samples,
     evaluate: Evaluate,
     say: Callable[[str], None],
-) -> _Shipped:
-    """Export, and measure what was exported: quality through the gates, cost next to the float file."""
-    target, folder, start = target_named(recipe.export.target), run.path / recipe.export.to, time.monotonic()
-    say(f"exporting for {recipe.export.target}")
-    with busy("exporting"):
-        parity = export(model, folder, recipe.export.target, example=example)
-    say(f"the file is what was trained: {parity}")
-    after = Samples.of(evaluate(target.load(folder)))
+) -> None:
+    """Quality through the gates, cost next to the float file."""
+    standing, start = run.standing, time.monotonic()
+    if standing.artefact is not None:
+        return
+    torch.manual_seed(recipe.seed)
+    after = measured(evaluate, target.load(run.artefact))
     verdicts = [gate.check(before, after) for gate in gates]
-    rung = Rung(
+    standing.artefact = Rung(
         name="exported file",
         metrics=after.summary(),
         verdicts=verdicts,
         seconds=time.monotonic() - start,
         outcome=outcome_of(verdicts),
     )
-    run.record("artefact", parity=parity.to_json(), **rung_json(rung))
-    say(f"exported file: {rung.outcome}")
+    run.record("artefact", **rung_json(standing.artefact))
+    say(f"exported file: {standing.artefact.outcome}")
     for verdict in verdicts:
         say(f"  {verdict}")
     with busy("measuring size, speed and memory of both files"):
-        costs = target.costs((float_folder, folder), example)
+        costs = target.costs((run.float_file, run.artefact), example)
     for name, cost in zip(("float file", "exported file"), costs, strict=True):
-        say(
-            f"{name}: {cost.bytes / 1e6:.1f} MB, {1000 * cost.seconds:.1f} ms for {cost.batch}, "
-            f"peak {cost.peak_bytes / 1e6:.0f} MB"
-        )
-    return _Shipped(folder, parity, rung, costs)
+        say(f"{name}: {cost}")
+    standing.costs = costs
+    run.save()
+
+
+def _report(
+    title: str,
+    run: RunFolder,
+    recipe: Recipe,
+    plan: Plan,
+    account: Explanation,
+    chosen: Rung,
+    before: Samples,
+    facts: dict[str, str],
+) -> Report:
+    standing = run.standing
+    costs = standing.costs or (None, None)
+    return Report(
+        title=title,
+        scheme=_scheme_text(plan, recipe),
+        target=recipe.export.target,
+        outcome=(standing.artefact or chosen).outcome,
+        rung=chosen.name,
+        baseline=before.summary(),
+        rungs=standing.rungs,
+        artefact=standing.artefact,
+        float_cost=costs[0],
+        artefact_cost=costs[1],
+        curve=standing.curve,
+        layer_errors=standing.errors,
+        notes=notes_of(account, costs),
+        facts=facts,
+    )
+
+
+def _samples(tensors: Mapping[str, Tensor]) -> Samples:
+    """What `_tensors` gave."""
+    found: dict[str, dict[str, Any]] = {"values": {}, "slices": {}}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(" ")
+        found[kind][name] = tensor.numpy()
+    return Samples(found["values"], found["slices"])
+
+
+def _tensors(samples: Samples) -> dict[str, Tensor]:
+    """Every value of every sample, and the slices, as tensors by name."""
+    return {
+        f"{kind} {name}": torch.from_numpy(np.array(values))
+        for kind, given in (("values", samples.values), ("slices", samples.slices))
+        for name, values in given.items()
+    }
 
 
 def _gates(recipe: Recipe) -> list[Gate]:

@@ -3,6 +3,10 @@
 recipe.yaml    the recipe with every default written out; the folder belongs to it
 plan.json      which module got which scheme, and why the others did not
 metrics.jsonl  one line for everything that was measured, as it was measured
+unfinished/    what a run that was stopped goes on from; gone when it is finished
+    steps/         after every step: what is finished, and what the best rung made of the model
+    training/      the checkpoints of a training that is under way
+    float/         the float model in the target's format
 report.md, report.html
 run.json       the outcome; written last, so a folder with it is a finished run
 artefact/      what ships
@@ -17,41 +21,117 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from recoup.ladder.standing import Part, Standing, rungs_of
 from recoup.schemes import Recipe
+from recoup.train.checkpoints import Checkpoints
+from recoup.train.snapshot import to_disk
 
 RECIPE, PLAN, METRICS, RUN = "recipe.yaml", "plan.json", "metrics.jsonl", "run.json"
+_WORK, _DRAFT = "unfinished", ".unfinished"
 
 
 class RunFolder:
-    """A folder that belongs to one recipe.
+    """A folder that belongs to one recipe, one model and its data; and how far the run in it has come.
 
     Args:
-        path: is made where it does not exist; may hold an unfinished run of the same recipe, which is
-            started again.
+        path: is made where it does not exist; may hold an unfinished run of the same recipe, which goes on.
         recipe: of the run.
+        identity: checksums of model and data.
 
     Raises:
-        ValueError: the folder holds something else, or a finished run; the artefact has no place.
+        ValueError: the folder holds something else, or a finished run, or one that was begun with another
+            model or other data; the artefact has no place.
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: str | Path, recipe: Recipe) -> None:
-        self.path = Path(path)
-        self.start = time.monotonic()
+    def __init__(self, path: str | Path, recipe: Recipe, identity: Mapping[str, str]) -> None:
+        self.path, self.artefact = Path(path), Path(path) / recipe.export.to
         if finished(self.path, recipe) is not None:
             raise ValueError(f"{self.path}: this run is done; remove the folder to run it again")
-        _claim(self.path, recipe)
-        _write(self.path / RECIPE, recipe.dump())
+        self.steps = Checkpoints(self.path / _WORK / "steps", identity)
+        parts, facts = self.steps.newest() or ({}, None)
+        self.standing = Standing() if facts is None else Standing.from_json(facts["standing"])
+        self.baseline: Mapping[str, Tensor] = parts.get("baseline", {})
+        self.state: Mapping[str, Tensor] = parts.get("state", {})
+        _check_place(self.path, recipe.export.to, ours=self.standing.exporting)
+        self.start = time.monotonic() - self.standing.seconds
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
+        write_text(self.path / RECIPE, recipe.dump())  # first: it says whose folder this is
+        self._clear(everything=facts is None)
+
+    @property
+    def float_file(self) -> Path:
+        """Where the float model lies in the target's format."""
+        return self.path / _WORK / "float"
+
+    @property
+    def training(self) -> Path:
+        """Where a training that is under way keeps its checkpoints."""
+        return self.path / _WORK / "training"
+
+    @property
+    def seconds(self) -> float:
+        """What the run took, interruptions left out."""
+        return time.monotonic() - self.start
 
     def record(self, event: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        line = {"event": event, "seconds": round(time.monotonic() - self.start, 3), **values}
+        line = {"event": event, "seconds": round(self.seconds, 3), **values}
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line)) + "\n")
 
+    def save(self) -> None:
+        """End a step: what the standing says now is not done again.
+
+        Raises:
+            OSError: it cannot be written; what was saved before is still there.
+        """
+        self.standing.step += 1
+        self.standing.seconds = self.seconds
+        self.standing.lines = len(_lines(self.path / METRICS))
+        self.steps.save(
+            self.standing.step,
+            {"baseline": self.baseline, "state": self.state},
+            {"standing": self.standing.to_json()},
+        )
+
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a JSON file; it is there whole, or not at all."""
-        _write(self.path / name, json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n")
+        write_text(self.path / name, json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self, data: Mapping[str, Any]) -> None:
+        """Write the outcome; then what the run would go on from is not needed any more."""
+        self.write_json(RUN, data)
+        shutil.rmtree(self.path / _WORK)
+
+    def free_artefact(self) -> None:
+        """Make room for an artefact; removes only what this run put there itself."""
+        inside = self.artefact.resolve().is_relative_to(self.path.resolve())
+        if self.artefact.is_dir() and (inside or self.standing.exporting):
+            shutil.rmtree(self.artefact)
+        self.standing.exporting = True
+
+    def _clear(self, *, everything: bool) -> None:
+        """Remove what belongs to no finished step."""
+        work = self.path / _WORK
+        work.mkdir(parents=True, exist_ok=True)
+        for draft in (*self.path.glob(".*"), *work.glob(".*")):  # of writers that were killed
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        for name in ("report.md", "report.html", *((PLAN, METRICS) if everything else ())):
+            (self.path / name).unlink(missing_ok=True)
+        if everything:
+            for folder in (self.float_file, self.training):
+                shutil.rmtree(folder, ignore_errors=True)
+            self.free_artefact()
+            self.standing.exporting = False
+        write_text(self.path / METRICS, "".join(_lines(self.path / METRICS)[: self.standing.lines]))
 
 
 def finished(path: str | Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -69,43 +149,68 @@ def finished(path: str | Path, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file; a run needs a folder")
-    if any(folder.iterdir()):
+    if any(not path.name.endswith(_DRAFT) for path in folder.iterdir()):
         theirs = folder / RECIPE
         if not theirs.is_file():
             raise ValueError(f"{folder}: is not empty and holds no run; choose another folder")
         if theirs.read_text(encoding="utf-8") != recipe.dump():
             raise ValueError(f"{folder}: holds a run of another recipe; choose another folder, or remove it")
     done = folder / RUN
+    if done.is_file():  # a run that was killed while it cleaned up has this left
+        shutil.rmtree(folder / _WORK, ignore_errors=True)
     return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder, or clear what an unfinished run of the same recipe left in it."""
-    here, artefact = folder.resolve(), (folder / recipe.export.to).resolve()
-    if here.is_relative_to(artefact):
-        raise ValueError(f"export.to: {recipe.export.to!r} is where the run itself lies; name a folder in it")
-    inside = artefact.is_relative_to(here)
-    if not inside and artefact.exists() and (not artefact.is_dir() or any(artefact.iterdir())):
-        raise ValueError(
-            f"export.to: {artefact} exists and is not empty; choose another folder, or remove it"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (PLAN, METRICS, "report.md", "report.html"):
-            (folder / name).unlink(missing_ok=True)
-        if inside and artefact.is_dir():
-            shutil.rmtree(artefact)
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+def outcome_of_part(path: str | Path, recipe: Recipe, part: Part | None) -> str | None:
+    """The outcome of a run, or of a part of it, that is done; None where it can be done now.
+
+    Loads no model, and changes nothing.
+
+    Raises:
+        ValueError: the folder holds something else, the recipe has nothing for this part, or what comes
+            before it is not done.
+        OSError: the folder does not exist and cannot be made.
+    """
+    rungs_of(part, recipe)
+    done = finished(path, recipe)
+    if done is not None or part is None:
+        return None if done is None else done["outcome"]
+    saved = Checkpoints(Path(path) / _WORK / "steps", {}, writes=False).newest()
+    standing = Standing() if saved is None else Standing.from_json(saved[1]["standing"])
+    if part in ("export", "validate") and standing.best is None:
+        raise ValueError(f"{path}: no rung is measured yet; run recoup ptq or recoup qat first")
+    if part == "validate" and standing.best is not None and standing.exported != standing.best.name:
+        raise ValueError(f"{path}: rung {standing.best.name} is not exported yet; run recoup export first")
+    return standing.outcome(part, recipe)
 
 
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
+def write_text(file: Path, text: str) -> None:
+    """Write a file; it is there whole, or not at all.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    draft = file.with_name(f".{file.name}{_DRAFT}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, file)
+        draft.write_text(text, encoding="utf-8")
+        to_disk(draft)
+        os.replace(draft, file)
     except OSError as error:
-        raise OSError(f"{file}: cannot be written ({error.strerror}); choose another folder") from None
+        draft.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot be written ({error.strerror}); what was saved is kept") from None
+
+
+def _check_place(folder: Path, to: str, *, ours: bool) -> None:
+    here, there = folder.resolve(), (folder / to).resolve()
+    if here.is_relative_to(there):
+        raise ValueError(f"export.to: {to!r} is where the run itself lies; name a folder in it")
+    taken = there.exists() and (not there.is_dir() or any(there.iterdir()))
+    if taken and not ours and not there.is_relative_to(here):
+        raise ValueError(f"export.to: {there} exists and is not empty; choose another folder, or remove it")
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
 
 
 def _finite(value: Any) -> Any:
