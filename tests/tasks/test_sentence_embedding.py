@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recoup.tasks import Task, load, sentence_embedding
+from recoup.tasks import task as task_module
 
 from .conftest import documents, recipe, write
 
@@ -321,8 +322,8 @@ def test_a_probe_that_does_not_converge_is_an_error(monkeypatch: pytest.MonkeyPa
 def test_a_missing_package_names_the_extra(
     tmp_path: Path, settings: dict[str, Any], package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = sentence_embedding.find_spec
-    monkeypatch.setattr(sentence_embedding, "find_spec", lambda name: None if name == package else real(name))
+    real = task_module.find_spec
+    monkeypatch.setattr(task_module, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(ImportError, match=rf"needs {package}: pip install 'recoup\[demo\]'"):
         load(recipe(settings), tmp_path)
 

@@ -13,7 +13,7 @@ from .conftest import recipe
 
 def test_a_recipe_without_task_says_what_to_write() -> None:
     with pytest.raises(
-        ValueError, match=r"no task; write task: \{name: \.\.\.\} with one of sentence-embedding"
+        ValueError, match=r"no task; write task: \{name: \.\.\.\} with one of causal-lm, sentence-embedding"
     ):
         load(Recipe.model_validate({"scheme": "w8a8"}))
 
@@ -22,7 +22,7 @@ def test_a_recipe_without_task_says_what_to_write() -> None:
     ("name", "hint"),
     [
         ("sentence-embeding", "did you mean 'sentence-embedding'"),
-        ("zzz", "there are sentence-embedding, custom"),
+        ("zzz", "there are causal-lm, sentence-embedding"),
     ],
 )
 def test_an_unknown_task_gets_the_nearest(name: str, hint: str) -> None:

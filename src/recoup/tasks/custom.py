@@ -51,9 +51,8 @@ def load(recipe: Recipe, folder: Path) -> Task:
     """
     assert recipe.task is not None
     settings = parse(Settings, recipe.task.settings, "task")
-    module_name, _, function_name = settings.entry.partition(":")
-    module = _import(module_name, folder.resolve())
-    result = _function(module, function_name)(**settings.arguments)
+    module, function = entry_point(settings.entry, folder, "task.entry")
+    result = function(**settings.arguments)
     facts = {"entry": settings.entry}
     if module.__file__ is not None:
         facts[f"sha256 {Path(module.__file__).name}"] = sha256_of(Path(module.__file__))
@@ -77,7 +76,18 @@ def load(recipe: Recipe, folder: Path) -> Task:
     )
 
 
-def _import(name: str, folder: Path) -> ModuleType:
+def entry_point(entry: str, folder: Path, key: str) -> tuple[ModuleType, Callable[..., Any]]:
+    """The module and the function of "module:function"; `folder` is put on `sys.path` for them.
+
+    Raises:
+        ValueError: no such module or function; the message begins with `key`.
+    """
+    module_name, _, function_name = entry.partition(":")
+    module = _import(module_name, folder.resolve(), key)
+    return module, _function(module, function_name, key)
+
+
+def _import(name: str, folder: Path, key: str) -> ModuleType:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # and left there: the function may import more when it is called
     importlib.invalidate_caches()
@@ -85,19 +95,19 @@ def _import(name: str, folder: Path) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise ValueError(f"task.entry: module {name!r} was found, but {error}") from error
+            raise ValueError(f"{key}: module {name!r} was found, but {error}") from error
         raise ValueError(
-            f"task.entry: no module {error.name!r} in {folder} or among the installed packages"
+            f"{key}: no module {error.name!r} in {folder} or among the installed packages"
         ) from None
 
 
-def _function(module: ModuleType, name: str) -> Callable[..., Any]:
+def _function(module: ModuleType, name: str, key: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
-        legal = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        legal = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         nearest = get_close_matches(name, legal, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(legal) or 'none'}"
-        raise ValueError(f"task.entry: no function {name!r} in {module.__name__}; {hint}")
+        raise ValueError(f"{key}: no function {name!r} in {module.__name__}; {hint}")
     return function
 
 

@@ -1,6 +1,5 @@
 """Labelled texts in JSON lines: read whole, checked line by line, split so that no text is seen twice."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recoup.tasks.task import too_few
+from recoup.tasks.texts import json_lines, text_of, value_of
 
 # Which documents measure does not follow the recipe's seed: runs with other seeds stay comparable.
 MEASURING_SEED = 0
@@ -53,11 +53,7 @@ def read(path: Path, text: str, label: str) -> list[Document]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; task.data wants files of JSON lines")
-    found: list[Document] = []
-    # By b"\n" alone: str.splitlines would also cut at U+2028, which JSON allows inside of a string.
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            found.append(_document(line, f"{path}:{number}", text, label))
+    found = [_document(row, where, text, label) for where, row in json_lines(path)]
     if len(found) < 2:
         raise ValueError(f"{path}: {len(found)} documents found; a task needs at least two")
     return found
@@ -124,23 +120,11 @@ def some(documents: list[Document], count: int | None, where: Path) -> list[Docu
     return [documents[index] for index in sorted(chosen)]
 
 
-def _document(line: bytes, where: str, text: str, label: str) -> Document:
-    try:
-        row: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text at byte {error.start} of the line") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON at column {error.colno}; every line is one object") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: {type(row).__name__} found; every line is one object")
-    for key, name in ((text, "text"), (label, "label")):
-        if key not in row:
-            raise ValueError(
-                f"{where}: no key {key!r}, there are {', '.join(map(repr, row)) or 'none'}; "
-                f"set task.data.{name}"
-            )
-    if not isinstance(row[text], str) or not row[text].strip():
-        raise ValueError(f"{where}: {text!r} is {row[text]!r}, expected a text")
-    if not isinstance(row[label], str | int):
-        raise ValueError(f"{where}: {label!r} is {row[label]!r}, expected a string or an integer")
-    return Document(text=row[text], label=str(row[label]))
+def _document(row: dict[str, Any], where: str, text: str, label: str) -> Document:
+    found = {
+        name: value_of(row, key, where, f"task.data.{name}")
+        for name, key in (("text", text), ("label", label))
+    }
+    if not isinstance(found["label"], str | int):
+        raise ValueError(f"{where}: {label!r} is {found['label']!r}, expected a string or an integer")
+    return Document(text=text_of(found["text"], text, where), label=str(found["label"]))

@@ -1,14 +1,14 @@
-"""A transformers encoder and its tokenizer from a folder, checked before transformers sees it.
+"""A transformers model and its tokenizer from a folder, checked before transformers sees it.
 
 transformers repairs in silence what is missing: a folder without tokenizer files gives a tokenizer of five
-words, and weights that are not in the file are drawn at random. Both are errors here.
+words, and weights that are not in the file are drawn at random. Both are errors here. So is code in the
+folder that would have to run, unless the recipe trusts it.
 """
 
 import inspect
 import json
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from recoup.tasks.assets import PREFIX, locate
+from recoup.tasks.quiet import quiet
 
-FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # never pickle
+FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # never pickle
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "*.bpe.model", "spiece.model")
 
 
@@ -50,24 +51,32 @@ def model_folder(model: str, folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"task.model: {model} is no folder in {folder.resolve()}, and the hub does not give it "
-            f"({str(error).splitlines()[0]}); download it first and write its path"
+            f"({_line(error)}); download it first and write its path"
         ) from None
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, *, tokenizer: bool = True) -> None:
     """Every file of a model is there, and every safetensors file is as long as its header says.
+
+    Args:
+        folder: of the model.
+        tokenizer: False for a model that has none.
 
     Raises:
         ValueError: a file is damaged.
         FileNotFoundError: a file is missing.
     """
     wanted = {("config.json",): "config", TOKENIZERS: "tokenizer", ("*.safetensors",): "weights"}
+    if not tokenizer:
+        del wanted[TOKENIZERS]
     for patterns, what in wanted.items():
         if not any(path for pattern in patterns for path in folder.glob(pattern)):
             raise FileNotFoundError(
                 f"task.model: no {what} in {folder} (none of {', '.join(patterns)}); "
-                "save model and tokenizer there with save_pretrained"
+                f"save model{' and tokenizer' * tokenizer} there with save_pretrained"
             )
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        _check_shards(path)
     for path in sorted(folder.glob("*.safetensors")):
         _check_length(path)
 
@@ -75,6 +84,31 @@ def check(folder: Path) -> None:
 def files_of(folder: Path) -> list[Path]:
     """The files that make the model and its tokenizer what they are."""
     return sorted(path for pattern in FILES for path in folder.glob(pattern))
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ValueError: transformers does not know the kind of model, its class is code in the folder that is not
+            trusted, or the weights are quantized already.
+    """
+    from transformers import AutoConfig
+
+    if not trust_remote_code:
+        _refuse_code(folder)
+    with quiet():
+        try:
+            config: Any = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise _unloadable(folder, "it", error) from error
+    quantized: Any = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else type(quantized).__name__
+        raise ValueError(f"{folder}: its weights are quantized already ({method}); bring the float model")
+    return config
 
 
 def load_encoder(folder: Path) -> tuple[nn.Module, list[str]]:
@@ -87,26 +121,102 @@ def load_encoder(folder: Path) -> tuple[nn.Module, list[str]]:
     Raises:
         ValueError: transformers cannot make this model, or weights are missing in the files.
     """
-    from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+    from transformers import MODEL_MAPPING, AutoModel
 
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "attn_implementation": "eager",
-        "use_safetensors": True,
-        "local_files_only": True,
-        "output_loading_info": True,
-    }
-    with _quiet():
+    config = read_config(folder)
+    options: dict[str, Any] = {"attn_implementation": "eager"}
+    encoder = cast(Any, MODEL_MAPPING).get(type(config), None)  # a tuple where one config has several models
+    if inspect.isclass(encoder) and "add_pooling_layer" in inspect.signature(encoder).parameters:
+        options["add_pooling_layer"] = False
+    return _load(AutoModel, folder, config, options)
+
+
+def load_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
+    """The language model in float32 and eval mode, and the names of stored tensors that it has no use for.
+
+    It keeps no cache of keys and values: nothing is generated here, and training would hold on to it.
+    Attention is PyTorch's own, `sdpa` where the class has it.
+
+    Raises:
+        ValueError: transformers cannot make this model, its class is code that is not trusted, or weights
+            are missing in the files.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    config.use_cache = False
+    return _load(AutoModelForCausalLM, folder, config, {"trust_remote_code": trust_remote_code})
+
+
+def load_image_classifier(folder: Path) -> tuple[nn.Module, list[str]]:
+    """The classifier in float32 and eval mode, and the names of stored tensors that it has no use for.
+
+    Raises:
+        ValueError: transformers cannot make this model, or weights are missing in the files.
+    """
+    from transformers import AutoModelForImageClassification
+
+    return _load(
+        AutoModelForImageClassification, folder, read_config(folder), {"attn_implementation": "eager"}
+    )
+
+
+def load_tokenizer(folder: Path, config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, known to fit the model.
+
+    Raises:
+        ValueError: transformers cannot load it, or it has ids that the model has no embedding for.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            encoder = cast(Any, MODEL_MAPPING)[type(config)]  # a tuple where one config has several models
-            if inspect.isclass(encoder) and "add_pooling_layer" in inspect.signature(encoder).parameters:
-                options["add_pooling_layer"] = False
-            model, found = AutoModel.from_pretrained(folder, config=config, **options)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]})"
-            ) from error
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            raise _unloadable(folder, "its tokenizer", error) from error
+    rows: int = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} words, the model {rows}; "
+            "they are not of the same model"
+        )
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer's ids go up to {highest}, the model's to {rows - 1}; "
+            "they are not of the same model"
+        )
+    return tokenizer
+
+
+def check_context(config: Any, tokens: int, key: str) -> None:
+    """The model takes texts of so many tokens.
+
+    Raises:
+        ValueError: it does not; the message names the key that asked.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", tokens)
+    if tokens > longest:
+        raise ValueError(f"{key}: {tokens} asked, the model takes {longest} at most")
+
+
+def _load(auto: Any, folder: Path, config: Any, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """What transformers makes of the folder in float32 and eval mode, and what it has no use for."""
+    with quiet():
+        try:
+            model, found = auto.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise _unloadable(folder, "it", error) from error
     absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
         raise ValueError(
@@ -116,33 +226,35 @@ def load_encoder(folder: Path) -> tuple[nn.Module, list[str]]:
     return model.eval(), sorted(found["unexpected_keys"])
 
 
-def load_tokenizer(folder: Path, model: nn.Module, max_tokens: int) -> Any:
-    """The tokenizer, known to fit the model.
+def _refuse_code(folder: Path) -> None:
+    """Where transformers has the classes itself, it does not ask for the folder's; else they would run."""
+    from transformers import CONFIG_MAPPING
 
-    Raises:
-        ValueError: it cannot pad, has more words than the model, or the model is too short for `max_tokens`.
-    """
-    from transformers import AutoTokenizer
+    try:
+        config: Any = json.loads((folder / "config.json").read_bytes())
+    except ValueError:
+        return  # transformers says what is wrong with it
+    code: Any = config.get("auto_map") if isinstance(config, Mapping) else None
+    if not code or config.get("model_type") in CONFIG_MAPPING:
+        return
+    modules = sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.values()})
+    raise ValueError(
+        f"{folder}: its class is not part of transformers but code of its own ({', '.join(modules)}); "
+        "read it, then write trust_remote_code: true under task to run it"
+    )
 
-    with _quiet():
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{folder}: transformers cannot load its tokenizer ({str(error).strip().splitlines()[0]})"
-            ) from error
-    config: Any = model.config
-    if tokenizer.pad_token is None:
-        raise ValueError(f"{folder}: the tokenizer has no padding token; set pad_token and save it again")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} words, the model {config.vocab_size}; "
-            "they are not of the same model"
-        )
-    longest = getattr(config, "max_position_embeddings", max_tokens)
-    if max_tokens > longest:
-        raise ValueError(f"task.max_tokens: {max_tokens} asked, the model takes {longest} at most")
-    return tokenizer
+
+def _check_shards(index: Path) -> None:
+    """Every file that the index of a model in several files names is there."""
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: not an index of safetensors files; fetch it again") from None
+    for shard in shards:
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(
+                f"task.model: no {shard} in {index.parent}, which {index.name} names; fetch it again"
+            )
 
 
 def _check_length(path: Path) -> None:
@@ -166,17 +278,11 @@ def _check_length(path: Path) -> None:
         )
 
 
-@contextmanager
-def _quiet() -> Generator[None]:
-    """No loading bar and no table of unused weights: what matters of them is in the facts of the task."""
-    from transformers.utils import logging
+def _unloadable(folder: Path, what: str, error: Exception) -> ValueError:
+    remedy = "; write trust_remote_code: true under task" if "trust_remote_code" in str(error) else ""
+    return ValueError(f"{folder}: transformers cannot load {what} ({_line(error)}){remedy}")
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+
+def _line(error: Exception) -> str:
+    """The first line of what somebody else's error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

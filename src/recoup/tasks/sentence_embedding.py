@@ -14,7 +14,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +27,20 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from recoup.progress import watched
 from recoup.schemes import Recipe, parse
-from recoup.tasks.assets import locate
+from recoup.tasks.assets import about, locate
 from recoup.tasks.documents import Document, read, some, split
-from recoup.tasks.pretrained import check, files_of, load_encoder, load_tokenizer, model_folder
-from recoup.tasks.task import Batch, Task, asking, sha256_of
+from recoup.tasks.pretrained import (
+    check,
+    check_context,
+    files_of,
+    load_encoder,
+    load_tokenizer,
+    model_folder,
+)
+from recoup.tasks.task import Batch, Task, asking, need, sha256_of
 from recoup.validate import Samples
+
+NEEDS = ("the task sentence-embedding", "demo", "sklearn", "transformers")
 
 
 class Data(BaseModel):
@@ -82,7 +90,7 @@ def load(recipe: Recipe, folder: Path) -> Task:
     """
     assert recipe.task is not None
     settings = parse(Settings, recipe.task.settings, "task")
-    _need_packages()
+    need(*NEEDS)
     train_file, test_file = locate(settings.data.train, folder), locate(settings.data.test, folder)
     train_documents = read(train_file, settings.data.text, settings.data.label)
     in_test_file = read(test_file, settings.data.text, settings.data.label)
@@ -110,7 +118,10 @@ def load(recipe: Recipe, folder: Path) -> Task:
     source = model_folder(settings.model, folder)
     check(source)
     model, unused = load_encoder(source)
-    tokenizer = load_tokenizer(source, model, settings.max_tokens)
+    tokenizer = load_tokenizer(source, model.config)
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{source}: the tokenizer has no padding token; set pad_token and save it again")
+    check_context(model.config, settings.max_tokens, "task.max_tokens")
 
     def batched(documents: Sequence[Document]) -> list[Batch]:
         return tokenized([document.text for document in documents], tokenizer, settings)
@@ -142,6 +153,7 @@ def load(recipe: Recipe, folder: Path) -> Task:
         baseline=evaluate.of(reference),
         facts={
             "model": settings.model,
+            **about(settings.model, settings.data.train, settings.data.test),
             **{f"sha256 {name}": sha256_of(path) for name, path in files.items()},
             "stored weights without use": ", ".join(unused) or "none",
             "test documents": f"{len(test)} of {len(in_test_file)}",
@@ -160,7 +172,7 @@ def load_model(recipe: Recipe, folder: Path) -> nn.Module:
     """The float model of a recipe, without data. Raises as `load` does."""
     assert recipe.task is not None
     settings = parse(Settings, recipe.task.settings, "task")
-    _need_packages()
+    need(*NEEDS)
     source = model_folder(settings.model, folder)
     check(source)
     return load_encoder(source)[0]
@@ -264,11 +276,3 @@ def fit(embeddings: Float[Tensor, "documents features"], documents: Sequence[Doc
             raise ValueError(
                 f"the probe does not converge ({str(warning).splitlines()[0]}); change probe_documents"
             ) from None
-
-
-def _need_packages() -> None:
-    for package in ("sklearn", "transformers"):
-        if find_spec(package) is None:
-            raise ImportError(
-                f"the task sentence-embedding needs {package}: pip install 'recoup[demo]'", name=package
-            )

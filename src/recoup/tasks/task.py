@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -50,6 +51,17 @@ def asking(model: nn.Module) -> Generator[torch.device]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def need(asked: str, extra: str, *packages: str) -> None:
+    """Packages that what was asked imports later are there now.
+
+    Raises:
+        ImportError: one is not; the message names the extra of recoup that brings it.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise ImportError(f"{asked} needs {package}: pip install 'recoup[{extra}]'", name=package)
 
 
 def too_few(asked: int, found: int, where: str) -> ValueError:
