@@ -113,11 +113,14 @@ def with_recoup(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) ->
 
 def with_torchao(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) -> Steps:
     from torchao.prototype.qat import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
-    from torchao.quantization import Int8DynamicActivationInt4WeightConfig, quantize_
+    from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     configs: dict[str, Callable[[], QATConfig]] = {
-        "int4": lambda: QATConfig(Int8DynamicActivationInt4WeightConfig(group_size=32), step="prepare"),
+        "int4": lambda: QATConfig(
+            activation_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
+            weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32),
+        ),
         "int3": lambda: QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int3, group_size=32)),
         "int2": lambda: QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int2, group_size=32)),
         "mxfp4": lambda: QATConfig(
