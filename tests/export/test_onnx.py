@@ -1,6 +1,7 @@
 """Every scheme that onnxruntime runs: the bytes hold what was trained, and the engine computes it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,19 @@ from torch import Tensor, nn
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.nn import CodedEmbedding, CodedLinear
 
-from .conftest import EMBEDDINGS, FEATURES, LINEARS, SCHEMES, WIDTH, WORDS, Exported, exact, per_tensor_affine
+from .conftest import (
+    EMBEDDINGS,
+    FEATURES,
+    LINEARS,
+    SCHEMES,
+    WIDTH,
+    WORDS,
+    Exported,
+    exact,
+    exported,
+    per_tensor_affine,
+    ready,
+)
 
 U = 2.0**-24  # half an ulp of float32
 PATHS = [*(f"linear.{name}" for name in LINEARS), *(f"embedding.{name}" for name in EMBEDDINGS)]
@@ -216,3 +229,27 @@ def test_the_model_is_as_it_was_and_trains_on(branches: Exported) -> None:
     gradients = [p.grad for name, p in branches.model.named_parameters() if name.endswith("weight")]
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
     branches.model.zero_grad()
+
+
+class Twice(nn.Module):
+    """One layer at two places, called from both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.later = nn.ModuleList([self.first])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.later[0](torch.tanh(self.first(x)))
+
+
+def test_a_module_that_stands_at_two_places_is_stored_once_and_every_call_proven(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = exported(
+        ready(Twice(), {"first": "w8a8-ort-static"}, torch.randn(4, 64)), tmp_path / "out", torch.randn(3, 64)
+    )
+    assert (made.parity.modules, made.parity.codes) == (1, 64 * 64)
+    assert [t.name for t in made.file.graph.initializer if t.name.endswith(".codes")] == ["first.codes"]
+    (modules,) = (json.loads(e.value) for e in made.file.metadata_props if e.key == "recoup.modules")
+    assert [values["input"] for values in modules.values()] == ["x", "tanh"]
+    assert made.converted.first is made.converted.later[0]

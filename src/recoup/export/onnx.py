@@ -8,7 +8,7 @@ codes and the file can fold, reorder or round them.
 import json
 import logging
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OUTPUTS
-from recoup.nn import Batch, CodedEmbedding, CodedLinear, call, size_of
+from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, CodedModule, call, is_coded, size_of
 
 OPSET = 21
 FILE = "model.onnx"
 MODULES = "recoup.modules"  # like OUTPUTS a key of the file's metadata
+AGAIN = " again "  # in a key of MODULES, after the path of a module that is called more than once
 _CLOSED = "QuantizedModule"
 _LARGEST_SINGLE_FILE = 2**31 - 2**20  # protobuf's limit, with room for the graph
 
@@ -44,7 +45,7 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     try:
         import onnx_ir as ir
 
-        from recoup.export import onnx_nodes
+        from recoup.export import onnx_conv, onnx_nodes
     except ImportError as error:
         raise ImportError(f"the onnx target needs {error.name}: pip install 'recoup[onnx]'") from None
 
@@ -60,21 +61,27 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     outputs = output_names(model, example)
     with _closed(model) as coded:
         program = _trace(model, example, outputs)
-    lowering = {CodedLinear: onnx_nodes.linear, CodedEmbedding: onnx_nodes.embedding}
+    lowering = {
+        CodedLinear: onnx_nodes.linear,
+        CodedConv: onnx_conv.conv,
+        CodedEmbedding: onnx_nodes.embedding,
+    }
     graph, values = program.model.graph, dict[str, dict[str, str]]()
     for node in [node for node in graph if node.op_type == _CLOSED]:
         path = node.attributes["path"].as_string()
-        nodes = onnx_nodes.Graph(path)
+        nodes = onnx_nodes.Graph(path, graph.initializers)
         closed_input, closed_output = node.inputs[0], node.outputs[0]
         assert closed_input is not None
-        output = lowering[type(coded[path])](nodes, coded[path], closed_input)  # pyright: ignore[reportArgumentType]
+        lower: Any = next(nodes_of for kind, nodes_of in lowering.items() if isinstance(coded[path], kind))
+        output = lower(nodes, coded[path], closed_input)
         output.dtype, output.shape = closed_output.dtype, closed_output.shape
         ir.convenience.replace_nodes_and_values(
             graph, node, [node], list(nodes.tape.nodes), [closed_output], [output]
         )
         for initializer in nodes.tape.initializers:
             graph.register_initializer(initializer)
-        values[path] = {"input": str(closed_input.name), "output": str(output.name)}
+        call_of_path = path if path not in values else f"{path}{AGAIN}{len(values)}"
+        values[call_of_path] = {"input": str(closed_input.name), "output": str(output.name)}
     program.model.opset_imports[onnx_nodes.MICROSOFT] = 1
     program.model.opset_imports.pop("recoup", None)
     program.model.metadata_props[OUTPUTS] = json.dumps(outputs)
@@ -143,34 +150,62 @@ def _trace(model: nn.Module, example: Batch, outputs: list[str]) -> Any:
 class _Closed(nn.Module):
     """One node of the traced graph; the lowering opens it."""
 
-    def __init__(self, path: str, module: CodedLinear | CodedEmbedding) -> None:
+    def __init__(self, path: str, module: CodedModule) -> None:
         super().__init__()
-        self.path = path
-        self.embeds = isinstance(module, CodedEmbedding)
-        self.features = module.embedding_dim if isinstance(module, CodedEmbedding) else module.out_features
-        self.dtype = module.weight.dtype
+        self.path, self.dtype = path, module.weight.dtype
+        self.shape = _output_shape(module)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (callers may name it, as they do for nn.Linear)
-        shape = input.shape if self.embeds else input.shape[:-1]
         return torch.onnx.ops.symbolic(
             f"recoup::{_CLOSED}",
             (input,),
             {"path": self.path},
             dtype=self.dtype,
-            shape=[*shape, self.features],
+            shape=self.shape(input.shape),
         )
 
 
+def _output_shape(module: CodedModule) -> Callable[[Sequence[int]], list[int]]:
+    """From a module's input shape to that of its output; without the module, which tracing would find."""
+    if isinstance(module, CodedEmbedding):
+        width = module.embedding_dim
+        return lambda shape: [*shape, width]
+    if isinstance(module, CodedLinear):
+        features = module.out_features
+        return lambda shape: [*shape[:-1], features]
+    assert isinstance(module, CodedConv)
+    channels, sizes = module.out_channels, module.kernel_size
+    spans = [(size - 1) * dilation for size, dilation in zip(sizes, module.dilation, strict=True)]
+    padding = [before + after for before, after in zip(module.edges[0::2], module.edges[1::2], strict=True)]
+    strides = module.stride
+
+    def convolved(shape: Sequence[int]) -> list[int]:
+        """Each axis as in the documentation of torch.nn.Conv2d."""
+        axes = zip(shape[-len(sizes) :], padding[::-1], spans, strides, strict=True)
+        return [
+            *shape[: -len(sizes) - 1],
+            channels,
+            *((n + pad - span - 1) // by + 1 for n, pad, span, by in axes),
+        ]
+
+    return convolved
+
+
 @contextmanager
-def _closed(model: nn.Module) -> Generator[dict[str, CodedLinear | CodedEmbedding]]:
-    coded = {n: m for n, m in model.named_modules() if isinstance(m, (CodedLinear, CodedEmbedding))}
-    for name, module in coded.items():
-        model.set_submodule(name, _Closed(name, module))
+def _closed(model: nn.Module) -> Generator[dict[str, nn.Module]]:
+    """Coded modules by path, closed meanwhile; one that stands at several paths goes by its first."""
+    places: dict[str, Any] = {
+        place: module for place, module in model.named_modules(remove_duplicate=False) if is_coded(module)
+    }
+    coded: dict[str, Any] = {name: module for name, module in model.named_modules() if is_coded(module)}
+    closed = {module: _Closed(name, module) for name, module in coded.items()}
+    for place, module in places.items():
+        model.set_submodule(place, closed[module])
     try:
         yield coded
     finally:
-        for name, module in coded.items():
-            model.set_submodule(name, module)
+        for place, module in places.items():
+            model.set_submodule(place, module)
 
 
 def _free_axes(value: Any) -> dict[int, Any] | None:

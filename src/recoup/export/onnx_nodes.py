@@ -8,6 +8,7 @@
     per channel    float               DequantizeLinear, Squeeze, MatMul
     per channel    (u)int8, any scale  the input's codes as uint8, MatMulInteger, scales
     embedding      -                   GatherBlockQuantized
+    convolution    see onnx_conv.py
 
 Two choices are the engine's. Accuracy level 1 is written out because the default lets a session quantize
 inputs that training left in float. Integer weights and inputs are stored as uint8 with zero point 128: on
@@ -15,14 +16,15 @@ x86 without VNNI the sum of two products of uint8 and int8 saturates in 16 bits,
 uint8 is exact everywhere. Codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
+from torch import nn
 
-from recoup.nn import CodedEmbedding, CodedLinear, Codes, FakeQuantizer
+from recoup.nn import CodedConv, CodedEmbedding, CodedLinear, Codes, FakeQuantizer
 from recoup.numerics import FLOAT32, IntFormat, QuantSpec
 from recoup.schemes import Scheme
 
@@ -31,10 +33,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Graph:
-    """Nodes and initializers under construction for one module; `path` prefixes every name."""
+    """Nodes and initializers under construction for one call of a module; `path` prefixes every name.
 
-    def __init__(self, path: str) -> None:
-        self.path, self.tape = path, Tape()
+    Args:
+        path: of the module.
+        stored: what the file holds already, by name: a module that is called again has the same tensors.
+    """
+
+    def __init__(self, path: str, stored: Mapping[str, ir.Value]) -> None:
+        self.path, self.stored, self.tape = path, stored, Tape()
 
     def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """One node with one output."""
@@ -46,7 +53,17 @@ class Graph:
 
     def initializer(self, name: str, array: Array) -> ir.Value:
         """A stored tensor, called `path.name` in the file."""
-        return self.tape.initializer(ir.tensor(array), name=f"{self.path}.{name}")
+        name = f"{self.path}.{name}"
+        return (
+            self.stored[name] if name in self.stored else self.tape.initializer(ir.tensor(array), name=name)
+        )
+
+
+_RUNS = {
+    CodedLinear: "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort and their relatives",
+    CodedConv: "w8a8-static, w8a8-ort, w8a8-ort-static and int8 weights per channel",
+    CodedEmbedding: "w8a16, w4a16 and their relatives",
+}
 
 
 def check(path: str, scheme: Scheme, kind: type) -> None:
@@ -55,19 +72,17 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
     Raises:
         ValueError: it cannot; the message says what it can.
     """
+    runs = next(schemes for types, schemes in _RUNS.items() if issubclass(kind, types))
     try:
-        if kind is CodedLinear:
+        if issubclass(kind, CodedLinear):
             _linear_nodes(scheme)
-        elif _weight_layout(scheme.weights) != "groups":
+        elif issubclass(kind, CodedConv):
+            _check_convolution(scheme)
+        elif weight_layout(scheme.weights) != "groups":
             raise ValueError("embeddings need integer weights in groups")
     except ValueError as error:
         raise ValueError(
-            f"{path}: scheme {scheme.name!r} does not run in onnxruntime on a CPU: {error}; "
-            + (
-                "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort and their relatives do"
-                if kind is CodedLinear
-                else "w8a16, w4a16 and their relatives do"
-            )
+            f"{path}: scheme {scheme.name!r} does not run in onnxruntime on a CPU: {error}; {runs} do"
         ) from None
 
 
@@ -108,11 +123,17 @@ def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
     )
 
 
+def _check_convolution(scheme: Scheme) -> None:
+    weights, inputs = weight_layout(scheme.weights), input_layout(scheme)
+    if weights != "channels" or inputs not in ("in float", "per tensor", "per tensor, static"):
+        raise ValueError(f"convolutions with weights in {weights} and inputs {inputs} have no kernel there")
+
+
 LinearNodes = Callable[[Graph, CodedLinear, ir.Value], ir.Value]
 
 
 def _linear_nodes(scheme: Scheme) -> LinearNodes:
-    layouts = (_weight_layout(scheme.weights), _input_layout(scheme))
+    layouts = (weight_layout(scheme.weights), input_layout(scheme))
     if layouts not in _LINEAR:
         raise ValueError(f"weights in {layouts[0]} do not go with inputs {layouts[1]}")
     weights = scheme.weights
@@ -125,7 +146,12 @@ def _linear_nodes(scheme: Scheme) -> LinearNodes:
     return _LINEAR[layouts]
 
 
-def _weight_layout(spec: QuantSpec) -> str:
+def weight_layout(spec: QuantSpec) -> str:
+    """What is one scale for.
+
+    Raises:
+        ValueError: for something that onnxruntime has no kernel for.
+    """
     if not isinstance(spec.format, IntFormat) or spec.global_scale:
         raise ValueError(f"{spec.format.name} weights with {_scales(spec)} have no kernel there")
     match (spec.granularity.rows, spec.granularity.columns):
@@ -140,7 +166,12 @@ def _weight_layout(spec: QuantSpec) -> str:
             )
 
 
-def _input_layout(scheme: Scheme) -> str:
+def input_layout(scheme: Scheme) -> str:
+    """What is one scale for, and who knows it.
+
+    Raises:
+        ValueError: for something that onnxruntime has no kernel for.
+    """
     spec = scheme.inputs
     if spec is None:
         return "in float"
@@ -229,14 +260,19 @@ def _tensor_codes_then_integers(g: Graph, module: CodedLinear, x: ir.Value) -> i
 
 
 def _static_codes_then_integers(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
-    quantizer = module.input_quantizer
+    codes, scale, zero = static_codes(g, module.input_quantizer, x)
+    return _integer_product(g, module, codes, zero, scale)
+
+
+def static_codes(g: Graph, quantizer: nn.Module, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Codes in uint8, scale and zero point of a static or learned lattice; signed codes lie around 128."""
     assert isinstance(quantizer, FakeQuantizer)
     qparams = quantizer.stored_qparams
-    offset = 0 if not quantizer.spec.format.lo else 128  # signed codes are stored as uint8 around 128
+    offset = 128 if quantizer.spec.format.lo else 0
     zero_point = 0 if qparams.zero_point is None else int(qparams.zero_point)
     scale = g.initializer("input_scale", np.array(float(qparams.scale.detach()), np.float32))
     zero = g.initializer("input_zero_point", np.array(zero_point + offset, np.uint8))
-    return _integer_product(g, module, g("QuantizeLinear", x, scale, zero), zero, scale)
+    return g("QuantizeLinear", x, scale, zero), scale, zero
 
 
 def _codes_per_token(g: Graph, x: ir.Value) -> tuple[ir.Value, ir.Value]:

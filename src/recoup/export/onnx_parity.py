@@ -1,6 +1,13 @@
 """Is the file what was trained? Codes from the bytes, modules from the engine, outputs from end to end.
 
-The bound of a module follows from its arithmetic, not from what was observed: see `_bound`.
+What is proven where:
+
+    in the bytes             every code, scale and zero point is the trained one
+    in the tapped session    the same file, which also returns the input and output of every quantized module:
+                             each is within its bound, which follows from its arithmetic (see `_expected`),
+                             not from what was observed. A value that is returned cannot be fused away
+    in the session of users  so what onnxruntime fuses only without taps is judged by the outputs alone, end
+                             to end (see `parity.end_to_end`)
 """
 
 import json
@@ -12,14 +19,24 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
-from recoup.export.onnx import FILE, MODULES
+from recoup.export.onnx import AGAIN, FILE, MODULES
 from recoup.export.onnx_nodes import container_bits
-from recoup.export.parity import Parity, ParityError
-from recoup.nn import Batch, CodedEmbedding, CodedLinear, FakeQuantizer, call, quantization_off
+from recoup.export.parity import Parity, ParityError, end_to_end
+from recoup.nn import (
+    Batch,
+    CodedConv,
+    CodedEmbedding,
+    CodedLinear,
+    CodedModule,
+    FakeQuantizer,
+    call,
+    is_coded,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _TINY = torch.finfo(torch.float32).tiny
@@ -36,7 +53,7 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     Raises:
         ParityError: one of these does not hold; names it.
     """
-    coded = {n: m for n, m in model.named_modules() if isinstance(m, (CodedLinear, CodedEmbedding))}
+    coded: dict[str, Any] = {name: module for name, module in model.named_modules() if is_coded(module)}
     file = onnx.load(folder / FILE)
     stored = read_codes(file)
     if set(stored) != set(coded):
@@ -58,9 +75,10 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     engine = _OpenedFile(file, folder, mapped)
     results = engine.run(example)
     worst = 0.0
-    for path, module in coded.items():
-        x, y = results[mapped[path]["input"]], results[mapped[path]["output"]]
-        expected, bound = _expected(module, x)
+    for called, values in mapped.items():
+        path = called.partition(AGAIN)[0]
+        x, y = results[values["input"]], results[values["output"]]
+        expected, bound = _expected(coded[path], x)
         excess = ((y.double() - expected).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
@@ -72,7 +90,7 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
         codes=codes,
         scales=scales,
         worst_module=worst,
-        end_to_end=_end_to_end(model, folder, example),
+        end_to_end=end_to_end(model, call(OnnxModel(folder), example), example, engine="onnxruntime"),
     )
 
 
@@ -112,6 +130,8 @@ def _unpacked(
         if zero_point is None:
             return values, scale, np.array(0)
         return values, scale, _bits(zero_point.reshape(rows, -1), bits)[:, : scale.shape[1]] - middle
+    if op == "Cast":  # of a convolution: a row of codes for every output channel
+        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), np.array(0)
     middle = 128 if codes.dtype == np.uint8 else 0
     stored_zero = 0 if zero_point is None else int(zero_point)
     return (
@@ -140,7 +160,7 @@ def _equal(path: str, what: str, found: Array, trained: Tensor) -> None:
         )
 
 
-def _expected(module: CodedLinear | CodedEmbedding, x: Tensor) -> tuple[Tensor, Tensor]:
+def _expected(module: CodedModule, x: Tensor) -> tuple[Tensor, Tensor]:
     """A module's output in float64, and how far an engine with float32 arithmetic may be from it.
 
     With u = 2^-24, K products and one bias: a sum of K + 1 float32 terms in any order is off by at most
@@ -151,18 +171,32 @@ def _expected(module: CodedLinear | CodedEmbedding, x: Tensor) -> tuple[Tensor, 
     if isinstance(module, CodedEmbedding):
         y = torch.nn.functional.embedding(x, weight)
         return y, y.abs() * 2**-24 + _TINY
+    assert isinstance(module, CodedLinear | CodedConv)
     seen, slack = module.input_quantizer(x).double(), _ties(module.input_quantizer, x).double()
-    bias = torch.zeros(()) if module.bias is None else module.bias.double()
-    magnitude = seen.abs() @ weight.abs().T + bias.abs()
-    bound = (module.in_features + 8) * 2**-24 * magnitude + slack @ weight.abs().T
-    return seen @ weight.T + bias, bound + _TINY
+    bias = torch.zeros(weight.shape[0]) if module.bias is None else module.bias
+    bias = bias.double().reshape(-1, *[1] * (len(module.kernel_size) if isinstance(module, CodedConv) else 0))
+    magnitude = _product(module, seen.abs(), weight.abs()) + bias.abs()
+    roundings = weight.shape[1] + 8
+    bound = roundings * 2**-24 * magnitude + _product(module, slack, weight.abs())
+    return _product(module, seen, weight) + bias, bound + _TINY
+
+
+def _product(module: CodedLinear | CodedConv, x: Tensor, matrix: Tensor) -> Tensor:
+    """The module's sums of products, with this matrix as its weight."""
+    if isinstance(module, CodedLinear):
+        return x @ matrix.T
+    weight, stride, dilation, groups = (
+        matrix.unflatten(1, (-1, *module.kernel_size)), module.stride, module.dilation, module.groups,
+    )  # fmt: skip
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return module.convolution(F.pad(x, module.edges, mode), weight, None, stride, 0, dilation, groups)
 
 
 def _ties(quantizer: nn.Module, x: Tensor) -> Tensor:
     """By how much each quantized input may differ because its code is undecided in float32."""
     if not isinstance(quantizer, FakeQuantizer):
         return torch.zeros_like(x)
-    view = x.reshape(-1, x.shape[-1])
+    view = quantizer.view(x)
     step = quantizer.qparams(view).step
     step = step.repeat_interleave(view.shape[0] // step.shape[0], 0).repeat_interleave(
         view.shape[1] // step.shape[1], 1
@@ -206,64 +240,6 @@ def _feeds(example: Batch, names: list[str]) -> dict[str, Array]:
         return {name: example[name].cpu().numpy() for name in names}
     tensors: Sequence[Any] = [example] if isinstance(example, Tensor) else example
     return {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
-
-
-def _end_to_end(model: nn.Module, folder: Path, example: Batch) -> float:
-    """How far the engine's outputs are from the trained model's.
-
-    Two things make two correct engines differ. Rounding errors of sums: `_rounding_drift`. And, where
-    inputs are quantized, a rounding error that flips a code: every later code of that token may then fall
-    the other way, until the two runs are as far apart as if one of them rounded at random. That is at most
-    what quantizing the inputs changes at all, so that is the allowance for it.
-    """
-    trained, engine = call(model, example), call(OnnxModel(folder), example)
-    with quantization_off(model):
-        flips = _relative_rms(trained, call(model, example))
-    drift, allowed = _relative_rms(trained, engine), 3 * _rounding_drift(model, example) + flips
-    if not drift <= allowed:
-        raise ParityError(
-            f"onnxruntime's outputs differ from the trained model's by {drift:.3g} (relative, RMS); rounding "
-            f"explains {allowed:.3g}"
-        )
-    return drift
-
-
-def _rounding_drift(model: nn.Module, example: Batch) -> float:
-    """What the rounding errors of sums do to the outputs, without flipped codes.
-
-    The model runs with float inputs, and once more with noise on the input of every quantized module, of
-    the size of the rounding error of a sum of that length: 2^-24 sqrt(K) times the input's RMS (Higham
-    2002, section 4.2).
-    """
-    noise = torch.Generator().manual_seed(0)
-
-    def shaken(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        del module
-        x = inputs[0]
-        size = 2**-24 * x.shape[-1] ** 0.5 * x.square().mean().sqrt()
-        return (x + size * torch.randn(x.shape, generator=noise), *inputs[1:])
-
-    linears = [module for module in model.modules() if isinstance(module, CodedLinear)]
-    handles = [module.register_forward_pre_hook(shaken) for module in linears]
-    with quantization_off(model):
-        try:
-            shaken_outputs = call(model, example)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return _relative_rms(call(model, example), shaken_outputs)
-
-
-def _relative_rms(reference: Any, other: Any) -> float:
-    pairs = list(zip(_tensors(reference), _tensors(other), strict=True))
-    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-    return (difference / max(sum(float(a.double().square().sum()) for a, _ in pairs), _TINY)) ** 0.5
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    return list(output.values() if isinstance(output, Mapping) else output)
 
 
 def _metadata(file: onnx.ModelProto) -> dict[str, str]:

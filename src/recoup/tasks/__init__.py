@@ -7,16 +7,20 @@ from pathlib import Path
 from torch import nn
 
 from recoup.schemes import Recipe
-from recoup.tasks import custom, sentence_embedding
+from recoup.tasks import causal_lm, custom, image_classification, sentence_embedding
 from recoup.tasks.task import Batch, Task
 
 TASKS: dict[str, Callable[[Recipe, Path], Task]] = {
+    "causal-lm": causal_lm.load,
     "sentence-embedding": sentence_embedding.load,
+    "image-classification": image_classification.load,
     "custom": custom.load,
 }
 
 MODELS: dict[str, Callable[[Recipe, Path], nn.Module]] = {
+    "causal-lm": causal_lm.load_model,
     "sentence-embedding": sentence_embedding.load_model,
+    "image-classification": image_classification.load_model,
     "custom": lambda recipe, folder: custom.load(recipe, folder).model,
 }
 
