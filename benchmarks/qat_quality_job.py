@@ -90,6 +90,7 @@ def in_float(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) -> St
 
 def with_recoup(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) -> Steps:
     import recoup
+    from recoup.calibrate import gptq
 
     schemes = {"int4": "w4a8", "int3": "w3a16", "int2": "w2a16", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
     samples = [{"input_ids": ids, "labels": ids} for ids in batches]
@@ -104,11 +105,15 @@ def with_recoup(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) ->
     )
     recoup.prepare(model, recoup.resolve(model, recipe))
 
-    def train() -> None:
+    def calibrate() -> None:
         recoup.calibrate(model, samples, observer="mse")
-        recoup.train(model, samples, settings)
+        gptq(model, samples, samples=job["gptq samples"])
 
-    return {"round-to-nearest": lambda: recoup.calibrate(model, samples), "trained": train}
+    return {
+        "round-to-nearest": lambda: recoup.calibrate(model, samples),
+        "gptq": calibrate,
+        "trained": lambda: recoup.train(model, samples, settings),
+    }
 
 
 def with_torchao(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) -> Steps:

@@ -142,12 +142,38 @@ def test_a_part_that_the_recipe_has_not(rungs: list[str], part: Any, message: st
 
 
 @pytest.mark.usefixtures("quick")
-def test_every_observer_is_a_rung(fitted_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    rungs = ["rtn", "moving-average", "percentile", "kl", "mse"]
+def test_every_observer_is_a_rung_and_so_is_gptq(
+    fitted_state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    rungs = ["rtn", "moving-average", "percentile", "kl", "mse", "gptq"]
     run = Again(fitted_state, tmp_path / "run", scheme="w8a8-static", rungs=rungs)
-    result = run(100, 50, 51, 52, 53, 54)
+    result = run(100, 50, 51, 52, 53, 54, 55)
     assert [rung.name for rung in result.record.rungs] == rungs
-    assert result.rung == "mse"
+    assert result.rung == "gptq"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("gptq", "kept"), [(54, True), (52, False)])
+def test_a_student_of_gptq_follows_the_float_model(
+    gptq: int,
+    kept: bool,
+    fitted_state: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+
+    def train(model: torch.nn.Module, batches: Any, settings: Any, *, teacher: Any, **_: Any) -> None:
+        told = teacher.state_dict()
+        assert all(torch.equal(told[name], weight) for name, weight in fitted_state.items())
+        seen.append(not torch.equal(model.state_dict()["up.weight"], fitted_state["up.weight"]))
+
+    monkeypatch.setattr("recoup.ladder.climb.train_under_quantization", train)
+    again = Again(fitted_state, tmp_path / "run", rungs=["mse", "gptq", "qat"])
+    with pytest.raises(KeyboardInterrupt):
+        again(evaluate=stopping(100, 53, gptq))  # the float model is to be had after an interruption too
+    again(55)
+    assert seen == [kept, kept]  # a gptq that is worse than what was before it is not trained on
 
 
 def test_a_damaged_step_costs_that_step(again: Again) -> None:

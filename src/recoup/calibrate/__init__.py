@@ -1,6 +1,7 @@
-"""Sees data, never labels: sets the ranges of quantizers and leaves the weights alone."""
+"""Sees data, never labels: sets the ranges of quantizers, and moves weights where GPTQ is asked for."""
 
 from recoup.calibrate.calibrate import calibrate
+from recoup.calibrate.gptq import gptq
 from recoup.calibrate.observers import KL, MSE, OBSERVERS, MinMax, MovingAverage, Observer, Percentile
 
-__all__ = ["KL", "MSE", "OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate"]
+__all__ = ["KL", "MSE", "OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate", "gptq"]

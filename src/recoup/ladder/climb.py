@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.calibrate import calibrate
+from recoup.calibrate import calibrate, gptq
 from recoup.export import target_named
 from recoup.ladder.run_folder import RunFolder
 from recoup.nn import Batch, FakeQuantizer, without_labels
 from recoup.schemes import Recipe
+from recoup.train import float_copy
 from recoup.train import train as train_under_quantization
 from recoup.train.snapshot import state_of
 from recoup.validate import Gate, Rung, Samples, outcome_of
@@ -53,6 +54,8 @@ class Climb:
         self.gates, self.before, self.evaluate = gates, before, evaluate
         self.calibration, self.train = calibration, train
         self.settle = target_named(recipe.export.target).settle
+        # GPTQ moves the float weights, so what the model is now is the last that a student could follow.
+        self.teacher = float_copy(model) if {"gptq", "qat"} <= set(recipe.rungs) else None
         if run.state:  # without calibration, which leaves the example too
             model.recoup_example = without_labels(calibration[0])  # pyright: ignore[reportArgumentType]
             self._to_the_best()
@@ -65,7 +68,8 @@ class Climb:
                 break  # the one before it passed
             rung = self._measured(name)
             if standing.best is rung:
-                self.run.state = _moving_state(self.model, weights="qat" in self.recipe.rungs)
+                moves_weights = not {"gptq", "qat"}.isdisjoint(self.recipe.rungs)
+                self.run.state = _moving_state(self.model, weights=moves_weights)
             else:  # qat starts from the better calibration, and a worse qat is not kept
                 self._to_the_best()
             self.run.save()
@@ -77,7 +81,12 @@ class Climb:
         self.say(f"rung {name}")
         start = time.monotonic()
         torch.manual_seed(self.recipe.seed)  # a rung draws the same numbers, whatever was before it
-        self._train() if name == "qat" else self._calibrate(OBSERVERS[name])
+        if name == "qat":
+            self._train()
+        else:
+            self._calibrate(OBSERVERS.get(name, "mse"))
+        if name == "gptq":
+            gptq(self.model, self.calibration, samples=self.recipe.calibration.samples)
         after = measured(self.evaluate, self.model)
         verdicts = [gate.check(self.before, after) for gate in self.gates]
         rung = Rung(
@@ -118,6 +127,7 @@ class Climb:
             self.model,
             self.train[held_out:],
             settings,
+            teacher=self.teacher,
             held_out=self.train[:held_out],
             record=record,
             checkpoints=self.run.training,

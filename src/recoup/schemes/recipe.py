@@ -27,7 +27,7 @@ from recoup.schemes.parse import parse
 from recoup.schemes.presets import preset
 from recoup.schemes.scheme import Scheme
 
-Rung = Literal["rtn", "moving-average", "percentile", "kl", "mse", "qat"]  # in order of cost
+Rung = Literal["rtn", "moving-average", "percentile", "kl", "mse", "gptq", "qat"]  # in order of cost
 LOSSES = ("task", "logits-kl", "hidden-mse", "hidden-cosine", "embedding-mse", "embedding-cosine")
 
 

@@ -1,0 +1,212 @@
+"""GPTQ: weights are rounded column by column, and what one column loses the later ones make up for.
+
+For a layer y = Q(x) W^T the loss of a change dW is tr(dW H dW^T), with H the sum of Q(x)^T Q(x) over the
+calibration data. Rounding column j by e_j, the best answer of the columns after it is
+-e_j U[j, j+1:] / U[j, j], where U is the upper Cholesky factor of H^-1 (Frantar et al. 2022,
+arXiv:2210.17323, algorithm 1).
+
+The layers are taken as one forward pass over all the data reaches them, so that each sees the inputs that
+the quantized layers before it really give. What is stored is each column as it was just before it was
+rounded: round-to-nearest of these weights is GPTQ's solution, so fake quantization, training and export go
+on as ever, and a training that follows still has a float weight to move.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from recoup.calibrate.calibrate import DEFAULT_SAMPLES, take
+from recoup.calibrate.observers import MSE
+from recoup.nn import (
+    Batch,
+    FakeQuantizer,
+    QuantConv1D,
+    QuantLinear,
+    call,
+    device_of,
+    evaluating,
+    is_prepared,
+    moved,
+    without_labels,
+)
+from recoup.numerics import QParams, choose_qparams, fake_quantize, per_channel
+from recoup.progress import progress
+
+_DAMPING = 0.01  # of the mean of H's diagonal; the paper's
+
+
+@torch.no_grad()
+def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = None) -> nn.Module:
+    """Move linear layers' weights so that rounding costs their outputs less; in place, returns the model.
+
+    Scales of groups are chosen anew, by least squared error, when their columns are reached; scales of whole
+    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings and weights that
+    several modules share stay as they are. The float model is lost: copy a teacher before.
+
+    Args:
+        model: prepared and calibrated.
+        batches: all of one shape; they go through the model as one.
+        samples: how many to see; see `calibrate`.
+
+    Raises:
+        ValueError: the model is not prepared or not calibrated; weights with dynamic ranges; no batches, or
+            of several shapes; a layer that no batch reaches.
+
+    >>> import torch
+    >>> from recoup import calibrate, prepare, resolve
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(64, 32)), torch.randn(256, 64)
+    >>> with torch.no_grad():
+    ...     y = model(x)
+    ...     nearest = calibrate(prepare(model, resolve(model, "w2a16")), [x], observer="mse")(x)
+    ...     bool((gptq(model, [x])(x) - y).norm() < (nearest - y).norm())
+    True
+    """
+    taken = [without_labels(batch) for batch in take(batches, samples or DEFAULT_SAMPLES)]
+    _check(model, taken)
+    holders = Counter(parameter for m in model.modules() for parameter in m.parameters(recurse=False))
+    layers: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if is_prepared(module) and module.inputs_are == "tokens" and holders[cast(Any, module.weight)] == 1:
+            layers[cast(nn.Module, module)] = module.weight_quantizer.path
+    left, factors = dict(layers), _Factors()
+
+    def compensate(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if left.pop(module, None) is not None:
+            _compensate(cast(Any, module), arguments[0], factors)
+            advance("rounding as GPTQ does")
+
+    def stop_after_the_last(*_: Any) -> None:
+        if not left:
+            raise _AllDone
+
+    handles = [module.register_forward_pre_hook(compensate) for module in layers]
+    handles += [module.register_forward_hook(stop_after_the_last) for module in layers]
+    try:
+        with (
+            suppress(_AllDone),  # what follows, as the head of a language model, costs memory for nothing
+            evaluating(model),
+            progress("rounding as GPTQ does", len(layers)) as advance,
+        ):
+            call(model, moved(_as_one(taken), device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if left:
+        raise ValueError(f"{next(iter(left.values()))}: no batch reaches it, so GPTQ knows no inputs of it")
+    return model
+
+
+class _AllDone(Exception):  # noqa: N818 (not an error)
+    """Every layer has been seen."""
+
+
+def _check(model: nn.Module, batches: Sequence[Batch]) -> None:
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
+    if not quantizers:
+        raise ValueError("gptq: the model is not prepared; run recoup.prepare and recoup.calibrate first")
+    for quantizer in quantizers:
+        if not quantizer.calibrated:
+            raise ValueError(
+                f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) before gptq"
+            )
+        if quantizer.is_weight and quantizer.spec.ranges == "dynamic":
+            raise ValueError(
+                f"{quantizer.path}: its scales follow the weight, and gptq decides them; use static ranges"
+            )
+    if not batches:
+        raise ValueError("gptq: no batches")
+
+
+class _Factors:
+    """U of the layer at hand; query, key and value see one input, and so do gate and up."""
+
+    def __init__(self) -> None:
+        self.x, self.factor = torch.empty(0), torch.empty(0)
+
+    def of(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "c c"]:
+        """The upper Cholesky factor of (x^T x)^-1, in float64; a feature that is always 0 changes nothing."""
+        if not torch.equal(x, self.x):
+            damped = (x.T @ x).double()
+            diagonal = damped.diagonal()
+            diagonal += _DAMPING * diagonal.mean() + (diagonal == 0)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+            self.x, self.factor = x, torch.linalg.cholesky(inverse, upper=True).float()
+        return self.factor
+
+
+def _compensate(module: QuantLinear | QuantConv1D, inputs: Tensor, factors: _Factors) -> None:
+    x = module.input_quantizer(inputs).reshape(-1, inputs.shape[-1]).float()
+    weight = module.matrix(cast(Any, module))
+    weight.copy_(_compensated(weight.float(), factors.of(x), module.weight_quantizer))
+
+
+def _compensated(
+    weight: Float[Tensor, "r c"], factor: Float[Tensor, "c c"], quantizer: FakeQuantizer
+) -> Float[Tensor, "r c"]:
+    """The weight whose rounding is GPTQ's; sets the scales of groups in the quantizer."""
+    column = replace(quantizer.spec, granularity=per_channel, ranges="static")
+    weight, before_rounding = weight.clone(), torch.empty_like(weight)
+    columns = weight.shape[1]
+    size = quantizer.spec.granularity.columns or columns
+    for start in range(0, columns, size):
+        block = slice(start, start + size)
+        if quantizer.spec.granularity.columns is not None:
+            _choose_scale(quantizer, weight[:, block], start // size)
+        scale = _scale_of_rows(quantizer, len(weight), start // size)
+        group, errors = weight[:, block], torch.empty_like(weight[:, block])
+        rows = factor[block, block]
+        for j in range(group.shape[1]):
+            before_rounding[:, start + j] = group[:, j]
+            rounded = fake_quantize(group[:, j : j + 1], scale, column)
+            errors[:, j] = (group[:, j] - rounded[:, 0]) / rows[j, j]
+            group[:, j + 1 :] -= torch.outer(errors[:, j], rows[j, j + 1 :])
+        weight[:, block.stop :] -= errors @ factor[block, block.stop :]
+    return before_rounding
+
+
+def _choose_scale(quantizer: FakeQuantizer, group: Tensor, index: int) -> None:
+    """The scale of least squared error for the group as the columns before it left it."""
+    observer = MSE(quantizer.spec)
+    observer.observe(group)
+    lo, hi, _ = observer.range()
+    found = choose_qparams(lo, hi, quantizer.spec, quantizer.global_scale)
+    assert quantizer.scale is not None
+    quantizer.scale[:, index : index + 1] = found.scale
+    if quantizer.zero_point is not None and found.zero_point is not None:
+        quantizer.zero_point[:, index : index + 1] = found.zero_point
+
+
+def _scale_of_rows(quantizer: FakeQuantizer, rows: int, index: int) -> QParams:
+    """The qparams of one column of the group, a scale for each row."""
+    stored = quantizer.stored_qparams
+
+    def of_rows(state: Tensor) -> Tensor:
+        return state[:, index : index + 1].repeat_interleave(rows // len(state), dim=0)
+
+    zero_point = None if stored.zero_point is None else of_rows(stored.zero_point)
+    return QParams(scale=of_rows(stored.scale), zero_point=zero_point, global_scale=stored.global_scale)
+
+
+def _as_one(batches: Sequence[Any]) -> Batch:
+    first = batches[0]
+    try:
+        if isinstance(first, Mapping):
+            return {str(name): _joined([batch[name] for batch in batches]) for name in first}
+        if isinstance(first, Tensor):
+            return _joined(batches)
+        return tuple(_joined(values) for values in zip(*batches, strict=True))
+    except (RuntimeError, KeyError, ValueError):
+        raise ValueError(
+            "gptq: the calibration batches have different shapes, and go through the model as one; pack or "
+            "pad them alike"
+        ) from None
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
