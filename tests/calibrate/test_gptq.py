@@ -156,3 +156,70 @@ def test_what_it_refuses(build: Any, message: str) -> None:
     model, batches = build()
     with pytest.raises(ValueError, match=message):
         gptq(model, batches)
+
+
+class Twice(nn.Module):
+    """One layer that runs twice, and one that is called by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.once = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, INPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.once(input=torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+
+
+def test_a_layer_that_runs_twice_stays_and_one_called_by_name_does_not() -> None:
+    model, x = Twice(), correlated()
+    calibrate(recoup.prepare(model, recoup.resolve(model, "w2a16")), [x])
+    twice, once = model.twice.weight.clone(), model.once.weight.clone()
+    gptq(model, [x])
+    assert torch.equal(model.twice.weight, twice)
+    assert not torch.equal(model.once.weight, once)
+
+
+def test_blocks_under_a_global_scale_get_their_own_least_squares() -> None:
+    x = correlated()
+    model = nn.Sequential(nn.Linear(INPUTS, OUTPUTS))
+    with torch.no_grad():
+        model[0].weight[0, 0] = 50.0  # so that the global scale is far from that of every other block
+    calibrate(recoup.prepare(model, recoup.resolve(model, "nvfp4a16")), [x], observer="mse")
+    quantizer: Any = model[0].weight_quantizer
+    before, weight = quantizer.global_scale.clone(), model[0].weight.detach().clone()
+    nearest = (quantizer(weight) - weight)[1:, :16].square().sum()
+    gptq(model, [x])
+    assert torch.equal(quantizer.global_scale, before)
+    after = (quantizer(model[0].weight) - model[0].weight)[1:, :16].square().sum()
+    assert after < 1.2 * nearest  # the first group's columns have moved a little
+
+
+def _of(scheme: str) -> tuple[nn.Module, list[Tensor]]:
+    return prepared(scheme, correlated()), [correlated()]
+
+
+@pytest.mark.parametrize(
+    ("build", "samples", "message"),
+    [
+        (lambda: _of("w4a16"), 1000, "gptq: 1000 samples asked, 256 found; bring more, or ask for fewer"),
+        (
+            lambda: (_of("w4a16")[0].to(torch.bfloat16), [correlated()]),
+            None,
+            r"0\.weight: torch\.bfloat16 cannot hold what gptq decides; call model\.float\(\) before",
+        ),
+        (
+            lambda: (
+                recoup.prepare(
+                    model := nn.Sequential(nn.Conv1d(4, 4, 3)), recoup.resolve(model, "w8a8-static")
+                ),
+                [torch.ones(2, 4, 8)],
+            ),
+            None,
+            "gptq: the plan quantizes no linear layer with a weight of its own; leave it out",
+        ),
+    ],
+    ids=["too few", "bfloat16", "nothing to move"],
+)
+def test_what_else_it_refuses(build: Any, samples: int | None, message: str) -> None:
+    model, batches = build()
+    with pytest.raises(ValueError, match=message):
+        gptq(model, batches, samples=samples)

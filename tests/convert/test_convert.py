@@ -219,3 +219,33 @@ def test_a_weight_that_training_broke_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^0\.weight: holds values that are not finite"):
         convert(model)
     assert model[0].weight[0, 0].isfinite()
+
+
+class Naming(nn.Module):
+    """Names the argument, as torch's modules let a caller do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.up = nn.Embedding(8, 32), nn.Linear(32, 32)
+        self.conv = nn.Conv1d(32, 32, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.conv(input=self.up(input=self.tokens(input=ids)).mT)
+
+
+def test_arguments_have_the_names_that_they_had_in_float() -> None:
+    model, ids = Naming(), torch.randint(0, 8, (2, 8))
+    prepare(model, resolve(model, recipe("w8a8-static", ("tokens", "w8a16"))))
+    calibrate(model, [ids])
+    before = model(ids)
+    assert torch.equal(convert(model)(ids), before)
+
+
+def test_a_cast_changes_what_codes_are_decoded_to_and_no_code() -> None:
+    model, ids = Naming(), torch.randint(0, 8, (2, 8))
+    prepare(model, resolve(model, recipe("w8a8-static", ("tokens", "w8a16"))))
+    calibrate(model, [ids])
+    codes = convert(model).up.weight.codes.clone()
+    assert model.to(torch.bfloat16)(ids).dtype == torch.bfloat16
+    assert torch.equal(model.up.weight.codes, codes)
+    assert model.up.weight.scale.dtype == torch.float32

@@ -1,5 +1,6 @@
 """Every format that a compressed-tensors folder has, on a Llama: written, decoded by others, and damaged."""
 
+import copy
 import importlib
 import json
 import shutil
@@ -20,7 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from recoup import Recipe, export
+from recoup import Recipe, convert, export
 from recoup.export import Parity, ParityError
 from recoup.numerics import BFLOAT16, E8M0, FLOAT16, dequantize
 
@@ -303,11 +304,15 @@ def test_several_schemes_are_several_groups(tmp_path: Path) -> None:
 
 
 def test_a_bfloat16_model_makes_a_bfloat16_folder(tmp_path: Path) -> None:
-    model = quantized("w4a16", tied=True).to(torch.bfloat16)
-    export(model, tmp_path / "out", "compressed-tensors", processor=Processor())
+    trained = quantized("w8a16", tied=True)
+    model = convert(copy.deepcopy(trained)).to(torch.bfloat16)
+    export(model, tmp_path / "out", "compressed-tensors", processor=Processor(), example=batch())
+    export(trained, tmp_path / "float32", "compressed-tensors", processor=Processor())
+    whole = load_file(tmp_path / "float32" / "model.safetensors")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert tensors[f"{_UP}.weight_scale"].dtype == torch.float32
+    assert torch.equal(tensors[f"{_UP}.weight_packed"], whole[f"{_UP}.weight_packed"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 

@@ -12,6 +12,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from recoup import Recipe, Scheme, export, resolve
@@ -22,6 +24,7 @@ from recoup.schemes import PRESETS
 
 from .llamas import (
     WORDS,
+    Processor,
     calibrated,
     llama,
 )
@@ -71,7 +74,40 @@ def test_global_scales_that_differ_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_fused_siblings_with_a_scale_per_tensor_share_the_largest(tmp_path: Path) -> None:
+    model = calibrated("fp8-static")
+    with pytest.raises(ValueError, match=r"q_proj, .*one scale for the whole tensor, and theirs differ"):
+        export(model, tmp_path / "out", "compressed-tensors", processor=Processor())
+    share_global_scales(model)
+    attention: Any = model.get_submodule("model.layers.0.self_attn")
+    scales = [float(getattr(attention, f"{name}_proj").weight_quantizer.scale) for name in "qkv"]
+    assert len(set(scales)) == 1
+    largest = max(float(getattr(attention, f"{name}_proj").weight.detach().abs().max()) for name in "qkv")
+    assert scales[0] == pytest.approx(largest / 448, rel=1e-6)
+    export(model, tmp_path / "out", "compressed-tensors", processor=Processor())
+
+
 # What is refused, before any work
+
+
+def test_learned_scales_of_whole_tensors_are_refused() -> None:
+    message = r"q_proj, .*learned ones would differ; use static ranges, or a scale per channel"
+    refused(llama(), {"scheme": "fp8-static", "weight_ranges": "learned"}, message)
+
+
+def test_experts_that_stay_in_float_are_refused() -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    config = Qwen3MoeConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        **sizes,
+    )
+    rules = [{"match": "*.mlp", "scheme": "none"}]
+    message = r"experts\.\w+ is a stack of experts that stays in float"
+    refused(Qwen3MoeForCausalLM(config), {"scheme": "w4a16", "rules": rules}, message)
 
 
 def refused(model: nn.Module, recipe: Any, message: str) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from recoup.calibrate.calibrate import DEFAULT_SAMPLES, take
-from recoup.calibrate.observers import MSE
+from recoup.calibrate.observers import best_share
 from recoup.nn import (
     Batch,
     FakeQuantizer,
@@ -33,9 +33,10 @@ from recoup.nn import (
     evaluating,
     is_prepared,
     moved,
+    size_of,
     without_labels,
 )
-from recoup.numerics import QParams, choose_qparams, fake_quantize, per_channel
+from recoup.numerics import QParams, choose_qparams, extrema, fake_quantize, per_channel
 from recoup.progress import progress
 
 _DAMPING = 0.01  # of the mean of H's diagonal; the paper's
@@ -46,8 +47,9 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     """Move linear layers' weights so that rounding costs their outputs less; in place, returns the model.
 
     Scales of groups are chosen anew, by least squared error, when their columns are reached; scales of whole
-    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings and weights that
-    several modules share stay as they are. The float model is lost: copy a teacher before.
+    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings, weights that several
+    modules share and layers that a pass runs more than once stay as they are. The float model is lost: copy a
+    teacher before.
 
     Args:
         model: prepared and calibrated.
@@ -55,8 +57,9 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
         samples: how many to see; see `calibrate`.
 
     Raises:
-        ValueError: the model is not prepared or not calibrated; weights with dynamic ranges; no batches, or
-            of several shapes; a layer that no batch reaches.
+        ValueError: the model is not prepared or not calibrated, or has nothing to move; weights with dynamic
+            ranges, or not in float32; fewer samples than asked, or batches of several shapes; a layer that no
+            batch reaches.
 
     >>> import torch
     >>> from recoup import calibrate, prepare, resolve
@@ -68,24 +71,29 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     True
     """
     taken = [without_labels(batch) for batch in take(batches, samples or DEFAULT_SAMPLES)]
-    _check(model, taken)
-    holders = Counter(parameter for m in model.modules() for parameter in m.parameters(recurse=False))
-    layers: dict[nn.Module, str] = {}
-    for module in model.modules():
-        if is_prepared(module) and module.inputs_are == "tokens" and holders[cast(Any, module.weight)] == 1:
-            layers[cast(nn.Module, module)] = module.weight_quantizer.path
+    check_layers(model)
+    check_batches(taken)
+    found = sum(map(size_of, taken))
+    if found < (samples or 1):
+        raise ValueError(f"gptq: {samples or 1} samples asked, {found} found; bring more, or ask for fewer")
+    for quantizer in (module for module in model.modules() if isinstance(module, FakeQuantizer)):
+        if not quantizer.calibrated:
+            raise ValueError(
+                f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) before gptq"
+            )
+    layers = _run_once(model, _layers(model), taken[0])
     left, factors = dict(layers), _Factors()
 
-    def compensate(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def compensate(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if left.pop(module, None) is not None:
-            _compensate(cast(Any, module), arguments[0], factors)
+            _compensate(cast(Any, module), next(iter((*arguments, *named.values()))), factors)
             advance("rounding as GPTQ does")
 
     def stop_after_the_last(*_: Any) -> None:
         if not left:
             raise _AllDone
 
-    handles = [module.register_forward_pre_hook(compensate) for module in layers]
+    handles = [module.register_forward_pre_hook(compensate, with_kwargs=True) for module in layers]
     handles += [module.register_forward_hook(stop_after_the_last) for module in layers]
     try:
         with (
@@ -97,41 +105,95 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     finally:
         for handle in handles:
             handle.remove()
-    if left:
-        raise ValueError(f"{next(iter(left.values()))}: no batch reaches it, so GPTQ knows no inputs of it")
     return model
+
+
+def check_layers(model: nn.Module) -> None:
+    """Has a prepared model something that GPTQ can move?
+
+    Raises:
+        ValueError: it has not; says why.
+    """
+    if not any(isinstance(module, FakeQuantizer) for module in model.modules()):
+        raise ValueError("gptq: the model is not prepared; run recoup.prepare and recoup.calibrate first")
+    layers = _layers(model)
+    if not layers:
+        raise ValueError("gptq: the plan quantizes no linear layer with a weight of its own; leave it out")
+    for module in cast(Any, layers):
+        quantizer = module.weight_quantizer
+        if quantizer.spec.ranges == "dynamic":
+            raise ValueError(
+                f"{quantizer.path}: its scales follow the weight, and gptq decides them; use static ranges"
+            )
+        if module.weight.dtype != torch.float32:
+            raise ValueError(
+                f"{quantizer.path}: {module.weight.dtype} cannot hold what gptq decides; call model.float() "
+                "before recoup.prepare"
+            )
+
+
+def check_batches(batches: Sequence[Batch]) -> None:
+    """Can they go through a model as one batch?
+
+    Raises:
+        ValueError: there are none, or they have several shapes.
+    """
+    if not batches:
+        raise ValueError("gptq: no batches")
+    if len({_shape(without_labels(batch)) for batch in batches}) > 1:
+        raise ValueError(
+            "gptq: the calibration batches have different shapes, and go through the model as one; pack or "
+            "pad them alike"
+        )
 
 
 class _AllDone(Exception):  # noqa: N818 (not an error)
     """Every layer has been seen."""
 
 
-def _check(model: nn.Module, batches: Sequence[Batch]) -> None:
-    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
-    if not quantizers:
-        raise ValueError("gptq: the model is not prepared; run recoup.prepare and recoup.calibrate first")
-    for quantizer in quantizers:
-        if not quantizer.calibrated:
-            raise ValueError(
-                f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) before gptq"
-            )
-        if quantizer.is_weight and quantizer.spec.ranges == "dynamic":
-            raise ValueError(
-                f"{quantizer.path}: its scales follow the weight, and gptq decides them; use static ranges"
-            )
-    if not batches:
-        raise ValueError("gptq: no batches")
+def _layers(model: nn.Module) -> dict[nn.Module, str]:
+    holders = Counter(parameter for m in model.modules() for parameter in m.parameters(recurse=False))
+    layers: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if is_prepared(module) and module.inputs_are == "tokens" and holders[cast(Any, module.weight)] == 1:
+            layers[cast(nn.Module, module)] = module.weight_quantizer.path
+    return layers
+
+
+def _run_once(model: nn.Module, layers: dict[nn.Module, str], batch: Batch) -> dict[nn.Module, str]:
+    """Those that a pass runs once: the inputs of the first run say nothing of those of the next.
+
+    Raises:
+        ValueError: one is not run at all.
+    """
+    calls = Counter[nn.Module]()
+
+    def count(module: nn.Module, _: Any) -> None:
+        calls[module] += 1
+
+    handles = [module.register_forward_pre_hook(count) for module in layers]
+    try:
+        with evaluating(model):
+            call(model, moved(batch, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module, path in layers.items():
+        if not calls[module]:
+            raise ValueError(f"{path}: no batch reaches it, so GPTQ knows no inputs of it")
+    return {module: path for module, path in layers.items() if calls[module] == 1}
 
 
 class _Factors:
     """U of the layer at hand; query, key and value see one input, and so do gate and up."""
 
     def __init__(self) -> None:
-        self.x, self.factor = torch.empty(0), torch.empty(0)
+        self.x: Tensor | None = None
+        self.factor = torch.empty(0)
 
     def of(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "c c"]:
         """The upper Cholesky factor of (x^T x)^-1, in float64; a feature that is always 0 changes nothing."""
-        if not torch.equal(x, self.x):
+        if self.x is None or self.x.device != x.device or not torch.equal(x, self.x):
             damped = (x.T @ x).double()
             diagonal = damped.diagonal()
             diagonal += _DAMPING * diagonal.mean() + (diagonal == 0)
@@ -172,10 +234,10 @@ def _compensated(
 
 def _choose_scale(quantizer: FakeQuantizer, group: Tensor, index: int) -> None:
     """The scale of least squared error for the group as the columns before it left it."""
-    observer = MSE(quantizer.spec)
-    observer.observe(group)
-    lo, hi, _ = observer.range()
-    found = choose_qparams(lo, hi, quantizer.spec, quantizer.global_scale)
+    spec, global_scale = replace(quantizer.spec, ranges="static"), quantizer.global_scale
+    lo, hi = extrema(group, spec.granularity)
+    share = best_share(group, lo, hi, spec, global_scale)
+    found = choose_qparams(share * lo, share * hi, spec, global_scale)
     assert quantizer.scale is not None
     quantizer.scale[:, index : index + 1] = found.scale
     if quantizer.zero_point is not None and found.zero_point is not None:
@@ -193,19 +255,20 @@ def _scale_of_rows(quantizer: FakeQuantizer, rows: int, index: int) -> QParams:
     return QParams(scale=of_rows(stored.scale), zero_point=zero_point, global_scale=stored.global_scale)
 
 
+def _shape(batch: Any) -> Any:
+    """Of everything but the samples."""
+    positional = [batch] if isinstance(batch, Tensor) else batch
+    parts: Any = batch.items() if isinstance(batch, Mapping) else enumerate(positional)
+    return tuple((key, value.shape[1:] if isinstance(value, Tensor) else None) for key, value in parts)
+
+
 def _as_one(batches: Sequence[Any]) -> Batch:
     first = batches[0]
-    try:
-        if isinstance(first, Mapping):
-            return {str(name): _joined([batch[name] for batch in batches]) for name in first}
-        if isinstance(first, Tensor):
-            return _joined(batches)
-        return tuple(_joined(values) for values in zip(*batches, strict=True))
-    except (RuntimeError, KeyError, ValueError):
-        raise ValueError(
-            "gptq: the calibration batches have different shapes, and go through the model as one; pack or "
-            "pad them alike"
-        ) from None
+    if isinstance(first, Mapping):
+        return {str(name): _joined([batch[name] for batch in batches]) for name in first}
+    if isinstance(first, Tensor):
+        return _joined(batches)
+    return tuple(_joined(values) for values in zip(*batches, strict=True))
 
 
 def _joined(values: Sequence[Any]) -> Any:

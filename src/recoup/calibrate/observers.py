@@ -240,7 +240,7 @@ class MSE(Sampled):
         pieces = max(1, min(len(lo), x.numel() // _CACHED_VALUES))
         by_block_row = x.reshape(len(lo), -1, x.shape[1])
         shares = [
-            _best_share(rows.flatten(0, 1), least, most, spec, global_scale)
+            best_share(rows.flatten(0, 1), least, most, spec, global_scale)
             for rows, least, most in zip(
                 *(tensor.tensor_split(pieces) for tensor in (by_block_row, lo, hi)), strict=True
             )
@@ -249,7 +249,8 @@ class MSE(Sampled):
         return share * lo, share * hi
 
 
-def _best_share(x: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec, global_scale: Tensor | None) -> Tensor:
+def best_share(x: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec, global_scale: Tensor | None) -> Tensor:
+    """The share of the extrema of every block with the least squared error."""
     best, share = torch.full_like(lo, torch.inf), torch.ones_like(lo)
     for shrink in _SHRINK.to(x.device):
         qparams = choose_qparams(shrink * lo, shrink * hi, spec, global_scale)

@@ -64,6 +64,14 @@ def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
     for path, (scheme, coded) in modules.items():
         schema.check(path, scheme, coded)
     check_fused(model, modules)
+    for path, parameter in model.named_parameters():
+        if parameter.ndim == 3 and min(parameter.shape) > 1:  # a convolution's kernel is no stack of matrices
+            owner = model.get_submodule(path.rpartition(".")[0])
+            if not isinstance(owner, nn.Conv1d):
+                raise ValueError(
+                    f"compressed-tensors: {path} is a stack of experts that stays in float, which no entry "
+                    "of the config tells vLLM; export to onnx, or quantize a model without fused experts"
+                )
 
 
 def write(model: nn.Module, folder: Path, example: object) -> None:
@@ -87,6 +95,8 @@ def write(model: nn.Module, folder: Path, example: object) -> None:
     config["quantization_config"] = schema.quantization_config(model)
     if (dtype := kept_dtype(model)) is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if getattr(saved, "generation_config", None) is not None:
+        config["use_cache"] = saved.generation_config.use_cache  # off in training only
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 

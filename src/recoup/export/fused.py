@@ -1,8 +1,9 @@
 """Layers that vLLM runs as one product: query, key and value; gate and up.
 
-It joins their weights into one matrix, so they must have one scheme. With NVFP4 it also keeps one of their
-global scales and reads all their blocks with it: siblings with global scales of their own would come out as
-other numbers, without a word.
+It joins their weights into one matrix, so they must have one scheme. Where a whole tensor has one scale, it
+keeps one of theirs: it reads all NVFP4 blocks with one global scale, and requantizes weights that have a
+scale per tensor to the largest. Siblings with scales of their own would come out as other numbers, without a
+word.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn import CodedLinear, Codes, FakeQuantizer, QuantLinear
-from recoup.numerics import storable
+from recoup.numerics import QuantSpec, per_tensor, storable
 from recoup.schemes import Scheme
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -20,11 +21,11 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 @torch.no_grad()
 def share_global_scales(model: nn.Module) -> nn.Module:
-    """Give fused siblings the largest of their global scales; in place, returns the model.
+    """Give fused siblings the largest of their scales of whole tensors; in place, returns the model.
 
-    The scales of the blocks are rounded again, so that every block keeps its step as nearly as it can. For a
-    calibrated model, before it is measured or trained; never touches weights. Without global scales there is
-    nothing to do.
+    Where that is a global scale, those of the blocks are rounded again, so that every block keeps its step as
+    nearly as it can. For a calibrated model, before it is measured or trained; never touches weights. Without
+    scales of whole tensors there is nothing to do.
     """
     for names in _siblings(model):
         modules = [model.get_submodule(name) for name in names]
@@ -42,7 +43,8 @@ def check_fused(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]]) -> 
         modules: what is quantized, by name.
 
     Raises:
-        ValueError: siblings with two schemes, or with two global scales; names them and the remedy.
+        ValueError: siblings with two schemes, or with two scales of whole tensors, or with learned ones,
+            which would part; names them and the remedy.
     """
     for names in _siblings(model):
         schemes = {modules[name][0].name if name in modules else "none" for name in names}
@@ -51,12 +53,18 @@ def check_fused(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]]) -> 
                 f"{', '.join(names)}: vLLM runs them as one product, and they have the schemes "
                 f"{', '.join(sorted(schemes))}; give them one by rules"
             )
+        learned = [spec for name in names if name in modules for spec in _learned_by_tensor(modules[name][0])]
+        if learned:
+            raise ValueError(
+                f"{', '.join(names)}: vLLM runs them as one product with one scale per tensor, and learned "
+                "ones would differ; use static ranges, or a scale per channel"
+            )
         coded = [module for name in names if isinstance(module := model.get_submodule(name), CodedLinear)]
         for holders in ([linear.weight for linear in coded], [linear.input_quantizer for linear in coded]):
-            if len({float(scale) for _, scale in _with_global_scale(holders)}) > 1:
+            if len({float(scale) for _, scale in _of_whole_tensors(holders)}) > 1:
                 raise ValueError(
-                    f"{', '.join(names)}: vLLM runs them as one product with one global scale, and theirs "
-                    "differ; call recoup.export.share_global_scales(model) after calibrate"
+                    f"{', '.join(names)}: vLLM runs them as one product with one scale for the whole tensor, "
+                    "and theirs differ; call recoup.export.share_global_scales(model) after calibrate"
                 )
 
 
@@ -70,20 +78,30 @@ def _siblings(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _share(quantizers: Sequence[nn.Module]) -> None:
-    held = _with_global_scale(quantizers)
+    held = _of_whole_tensors(quantizers)
     if not held:
         return
-    largest = torch.stack([scale for _, scale in held]).amax()
+    largest = torch.stack([scale.reshape(()) for _, scale in held]).amax()
     for quantizer, own in held:
-        if isinstance(quantizer, FakeQuantizer) and quantizer.scale is not None:
-            moved = quantizer.scale * (own / largest)
-            quantizer.scale.copy_(storable(moved, quantizer.spec.scale_format))
+        blocks = quantizer.scale if isinstance(quantizer, FakeQuantizer) else None
+        if blocks is not None and blocks is not own:
+            blocks.copy_(storable(blocks * (own / largest), quantizer.spec.scale_format))
         own.copy_(largest)
 
 
-def _with_global_scale(holders: Sequence[nn.Module]) -> list[tuple[nn.Module, Tensor]]:
-    return [
-        (holder, holder.global_scale)
-        for holder in holders
-        if isinstance(holder, (Codes, FakeQuantizer)) and holder.global_scale is not None
-    ]
+def _of_whole_tensors(holders: Sequence[nn.Module]) -> list[tuple[Codes | FakeQuantizer, Tensor]]:
+    """Those that have a scale for their whole tensor, with that scale."""
+    found: list[tuple[Codes | FakeQuantizer, Tensor]] = []
+    for holder in holders:
+        if not isinstance(holder, (Codes, FakeQuantizer)):
+            continue
+        single = holder.spec.granularity == per_tensor
+        scale = holder.global_scale if holder.spec.global_scale else holder.scale if single else None
+        if scale is not None:
+            found.append((holder, scale))
+    return found
+
+
+def _learned_by_tensor(scheme: Scheme) -> list[QuantSpec]:
+    specs = [scheme.weights, *([scheme.inputs] if scheme.inputs else [])]
+    return [spec for spec in specs if spec.ranges == "learned" and spec.granularity == per_tensor]

@@ -4,7 +4,7 @@ Codes lie one to a byte, in the shape of the weight's 2-D view; packing them is 
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,12 @@ class Codes(LatticeState):
         """The scales as numerics take them."""
         return QParams(scale=self.scale, zero_point=self.zero_point, global_scale=self.global_scale)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # a cast changes what they are decoded to
+        return super()._apply(fn, recurse)
+
     def decode(self) -> Tensor:
-        """The weight's 2-D view that the codes stand for, in the dtype the float weight had."""
+        """The weight's 2-D view that the codes stand for, in the dtype of the model."""
         return dequantize(self.codes, self.qparams, self.spec).to(self.dtype)
 
 
@@ -73,13 +77,17 @@ class CodedLinear(nn.Module):
         self.bias: Tensor | None = prepared.bias
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        return F.linear(self.input_quantizer(x), self.weight.decode(), self.bias)
+        return F.linear(self.input_quantizer(input), self.weight.decode(), self.bias)
 
 
 class CodedConv1D(CodedLinear):
     """The linear layer that GPT-2's Conv1D is; its codes are (out, in), as those of any."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] (GPT-2's name)
+        """The equation."""
+        return super().forward(x)
 
 
 class CodedConv(nn.Module):
@@ -103,9 +111,9 @@ class CodedConv(nn.Module):
         self.bias: Tensor | None = prepared.bias
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        x, padding = self.input_quantizer(x), self.padding
+        x, padding = self.input_quantizer(input), self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.edges, mode=self.padding_mode), 0
         weight = self.weight.decode().unflatten(1, (-1, *self.kernel_size))
@@ -133,9 +141,9 @@ class CodedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = prepared.num_embeddings, prepared.embedding_dim
         self.weight = Codes(prepared)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        return F.embedding(ids, self.weight.decode())
+        return F.embedding(input, self.weight.decode())
 
 
 CODED_MODULES: dict[type[nn.Module], Any] = {

@@ -228,15 +228,17 @@ def figure(value: float | None) -> str:
 
 def size(count: float) -> str:
     """Bytes in decimal units, as in "12.3 MB"."""
-    unit = min(int(math.log10(max(count, 1)) // 3), 4)
+    unit = min(int(math.log10(max(float(f"{count:.3g}"), 1)) // 3), 4)
     return f"{count / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def duration(seconds: float) -> str:
     """As in "3.1 ms", "4.2 s", "12 min"."""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{1e3 * seconds:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
 def _cell(value: object) -> Markup:
