@@ -96,3 +96,55 @@ def test_hooks_go_when_the_code_inside_fails() -> None:
     with pytest.raises(KeyError), evaluation(model):
         raise KeyError
     assert hooks(model) == 0
+
+
+class StochasticDepth(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Functional(nn.Module):
+    """As attention in transformers: the share is an attribute, the dropout a function."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.attention_dropout = share
+        self.config = {"hidden_dropout": 0.5}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.attention_dropout, self.training)
+
+
+class Attention(nn.Module):
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, dropout=share)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+RANDOM = [
+    (StochasticDepth, r"^layers\.1: a StochasticDepth runs .* drops values at random"),
+    (Functional, r"^layers\.1: a Functional runs .* drops values at random"),
+    (Attention, r"^layers\.1\.attention: a MultiheadAttention runs .* drops values at random"),
+    (lambda share: nn.RReLU(share / 2, share) if share else nn.ReLU(), r"^layers\.1: a RReLU .* its slopes"),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), RANDOM)
+def test_whatever_is_random_in_training_mode_is_named(build: type[nn.Module], message: str) -> None:
+    x = torch.randn(4, 3)
+    model = Net(nn.Identity(), build(0.2)).train()
+    with pytest.raises(ValueError, match=message), evaluation(model):
+        model(x)
+    with evaluation(model):
+        model.eval()(x)
+    quiet = Net(nn.Identity(), build(0.0)).train()
+    with evaluation(quiet):
+        quiet(x)
+    assert hooks(model) == hooks(quiet) == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from recoup.validate import Cost, Gate, Report, Rung, Samples, html, markdown, outcome_of, write
+from recoup.validate.report import duration, size
 
 HOSTILE = "<script>alert('$x$')</script> | `&\"--> \\"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -363,3 +364,18 @@ def test_what_was_not_measured_has_a_reason_and_no_figure():
 def test_a_cost_is_one_line():
     assert str(FASTER) == "17.9 MB, 7.1 ms for 8 x 64 tokens, peak 131 MB"
     assert str(UNMEASURED.artefact_cost) == f"17.9 MB; speed and memory not measured: {WHY}"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0031, "3.1 ms"), (0.9997, "1 s"), (119, "119 s"), (121, "2.02 min"), (72000, "20 h")],
+)
+def test_a_duration_is_written_in_the_unit_that_it_rounds_to(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (999_700, "1 MB"), (93.1e6, "93.1 MB")]
+)
+def test_a_size_is_written_in_the_unit_that_it_rounds_to(count: float, text: str) -> None:
+    assert size(count) == text
