@@ -242,6 +242,21 @@ def test_jsonl_parquet_and_patterns_are_the_same_text(tmp_path: Path, settings: 
     assert found == [found[0]] * 4
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_blank_documents_are_left_out_and_counted(
+    tmp_path: Path, settings: dict[str, Any], kind: str, task: Task
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = ["", text(500, seed=2), " \n"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    parquet.write_table(pa.table({"text": rows}), tmp_path / "test.parquet")
+    found = load(recipe(settings | {"data": {"train": "train.txt", "test": f"test.{kind}"}}), tmp_path)
+    assert found.facts["blank documents left out"] == "0 of train, 2 of test"
+    assert found.evaluate(found.model).summary() == task.evaluate(task.model).summary()
+
+
 def test_facts_name_files_and_counts(task: Task) -> None:
     assert {"sha256 model.safetensors", "sha256 tokenizer.json", "sha256 train.txt"} <= set(task.facts)
     assert task.facts["calibration sequences"] == "10"
@@ -359,6 +374,19 @@ def with_gaps(model: Path) -> None:
     path.write_text(json.dumps(tokenizer))
 
 
+def added(**tokens: Any) -> Any:
+    """As Gemma 3 has it: a special token of the tokenizer lies beyond the embedding."""
+
+    def change(model: Path) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_special_tokens(tokens)
+        tokenizer.save_pretrained(model)
+
+    return change
+
+
 def without_end(model: Path) -> None:
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
@@ -396,7 +424,14 @@ MODELS = {
         lambda model: save_tokenizer(model, extra=5),
         r"llama: the tokenizer has 67 words, the model 62; they are not of the same model",
     ),
-    "ids out of range": (with_gaps, r"llama: the tokenizer's ids go up to 500, the model's to 61; they are"),
+    "an id out of range": (
+        with_gaps,
+        r"llama: the tokenizer gives the text the id 500, the model's go up to 61; they are not of the same",
+    ),
+    "an added token out of range": (
+        added(eos_token="<end>"),
+        r"llama: the tokenizer gives the text the id 62, the model's go up to 61; they are not of the same",
+    ),
     "no end of sequence": (without_end, r"the tokenizer has no end-of-sequence token .*; set eos_token"),
     "no causal model": (configured(model_type="vit"), r"llama: transformers cannot load it"),
     "unknown kind": (configured(model_type="nobody"), r"llama: transformers cannot load it"),
@@ -412,6 +447,10 @@ MODELS = {
         r"not part of transformers but code of its own \(mine\.py, modeling\.py\); read it, then write "
         r"trust_remote_code: true under task",
     ),
+    "own code in lists": (
+        configured(model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoTokenizer": ["words.T", None]}),
+        r"code of its own \(mine\.py, words\.py\); read it, then write trust_remote_code",
+    ),
     "no such shard": (missing_shard, r"no model-00002-of-00002\.safetensors in .*llama, which model\.saf"),
     "broken index": (broken_index, r"index\.json: not an index of safetensors files; fetch it again"),
 }
@@ -425,6 +464,14 @@ def test_a_bad_model_is_one_line(
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load(recipe(settings), tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_an_added_token_that_no_text_has_may_lie_beyond_the_embedding(
+    tmp_path: Path, llama: Path, settings: dict[str, Any], task: Task
+) -> None:
+    added(additional_special_tokens=["<image>"])(llama)
+    again = load(recipe(settings), tmp_path)
+    assert again.evaluate(again.model).summary() == task.evaluate(task.model).summary()
 
 
 def test_a_model_in_several_files_is_the_same_model(

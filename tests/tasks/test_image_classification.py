@@ -54,6 +54,9 @@ def plain():
 def two():
     return build(classes=2)
 
+def twelve():
+    return build(classes=12)
+
 def damaged():
     model = build()
     model.fc.weight.data[:] = torch.nan
@@ -195,6 +198,26 @@ class TestLoading:
         nowhere = settings | {"data": {"train": "nowhere", "test": "nowhere"}}
         assert isinstance(load_model(recipe(nowhere), tmp_path), nn.Module)
 
+    @pytest.mark.parametrize("name", ["{}", "LABEL_{}"])
+    def test_folders_with_numbers_are_those_outputs(
+        self, settings: dict[str, Any], tmp_path: Path, name: str
+    ) -> None:
+        module = settings["model"].partition(":")[0]
+        for part, outputs, seed in (("ten", (2, 10), 200), ("ten-test", (2, 10, 11), 300)):
+            in_folders(tmp_path / part, dict.fromkeys(map(name.format, outputs), 6), seed)
+        changed = settings | {"model": f"{module}:twelve", "data": {"train": "ten", "test": "ten-test"}}
+        task = load(recipe(changed, samples=10), tmp_path)
+        assert sorted(task.evaluate.labels.tolist()) == [2] * 6 + [10] * 6 + [11] * 6  # pyright: ignore
+
+    def test_files_that_are_no_pictures_by_their_name_are_not_read(
+        self, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        for name in ("Thumbs.db", "notes.txt", "paper.pdf"):
+            (tmp_path / "test" / "coat" / name).write_bytes(b"no picture")
+        file = tmp_path / "test" / "coat" / "000.png"
+        file.rename(file.with_suffix(".PNG"))
+        assert load(recipe(settings, samples=10), tmp_path).facts["test images"] == "20 of 20"
+
 
 class TestSlices:
     def test_the_least_certain_tenth_is_fixed_by_the_float_model(
@@ -275,6 +298,76 @@ class TestRefusals:
         assert message.endswith(
             "004.png: no image that pillow can read (cannot identify image file); take it out"
         )
+
+    def test_a_folder_of_a_class_without_images(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "train" / "boot").mkdir()
+        (tmp_path / "train" / "boot" / "notes.txt").write_text("none yet")
+        message = refused(settings, tmp_path)
+        assert (
+            "boot: no images found, by the endings that pillow reads (.png, .jpg, ...); put some" in message
+        )
+
+    @pytest.mark.parametrize("name", ["{}", "LABEL_{}"])
+    def test_a_number_that_is_no_output(self, settings: dict[str, Any], tmp_path: Path, name: str) -> None:
+        for part, seed in (("numbers", 200), ("others", 300)):
+            in_folders(tmp_path / part, {name.format(2): 12, name.format(10): 12}, seed)
+        message = refused(settings, tmp_path, data={"train": "numbers", "test": "others"})
+        assert f"label {name.format(10)!r} is class 10, the model has 3, from 0; bring the model" in message
+
+    def test_a_name_among_numbers(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        in_folders(tmp_path / "numbers", {"0": 12, "2": 12}, 200)
+        message = refused(settings, tmp_path, data={"train": "numbers", "test": "test"})
+        assert "label 'coat' found, the train images know 0, 2" in message
+
+    def test_a_training_file_that_is_no_image_is_found_before_any_work(
+        self, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        (tmp_path / "train" / "coat" / "004.png").write_bytes(b"a shopping list")
+        assert "004.png: no image that pillow can read (cannot identify image file)" in refused(
+            settings, tmp_path, model="nowhere:build"
+        )
+
+    @pytest.mark.parametrize(
+        ("kind", "ending", "mode"),
+        [(np.uint16, "png", "I;16"), (np.int32, "tiff", "I"), (np.float32, "tiff", "F")],
+    )
+    def test_more_than_8_bits_per_channel(
+        self, settings: dict[str, Any], tmp_path: Path, kind: Any, ending: str, mode: str
+    ) -> None:
+        deep = Image.fromarray(np.full((SIZE, SIZE), 300, kind))
+        deep.save(tmp_path / "train" / "coat" / f"deep.{ending}")
+        assert refused(settings, tmp_path).endswith(
+            f"deep.{ending}: more than 8 bits per channel found (pillow's mode {mode}); save it with 8"
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"size": 0}, "task: preprocessing.size.0: input should be greater than 0, found 0"),
+            ({"std": 0}, "task: preprocessing.std.0: input should be greater than 0, found 0"),
+            (
+                {"mean": float("nan")},
+                "task: preprocessing.mean.0: input should be a finite number, found nan",
+            ),
+            (
+                {"mean": [0.5, 0.5]},
+                "task: preprocessing: mean has 2 numbers for 3 channels; write one number",
+            ),
+            (
+                {"std": []},
+                "task: preprocessing: std has 0 numbers for 3 channels; write one number, or one for",
+            ),
+            (
+                {"channels": 1, "std": [1, 1, 1]},
+                "task: preprocessing: std has 3 numbers for 1 channels; write",
+            ),
+        ],
+        ids=str,
+    )
+    def test_preprocessing_is_checked(
+        self, settings: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+    ) -> None:
+        assert message in refused(settings, tmp_path, preprocessing=PREPROCESSING | change)
 
     def test_a_truncated_image(self, settings: dict[str, Any], tmp_path: Path) -> None:
         file = tmp_path / "test" / "coat" / "000.png"
@@ -476,6 +569,15 @@ class TestBatches:
         expected = (pixels.reshape(2, 3, channels) / 255 - 0.5) / 0.25
         assert found.shape == (channels, 2, 3)
         assert np.allclose(found.permute(1, 2, 0), expected, atol=1e-6)
+
+    def test_pixels_are_upright_as_exif_says(self) -> None:
+        see = Preprocessing(size=(2, 3), mean=(0.0,), std=(1.0,), channels=1)
+        pixels = np.arange(0, 60, 10, np.uint8).reshape(3, 2)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # orientation: turn it to the right
+        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG", exif=exif)
+        found = see([Picture(where="", source=file.getvalue(), label=0)])[0, 0]
+        assert np.allclose(found, np.rot90(pixels, -1) / 255)
 
 
 def test_the_recipe_of_the_repository_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,14 @@ def no_padding(model: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
 
 
+def with_gaps(model: Path) -> None:
+    """As many words as the model, but one of them has a larger id."""
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["ball"] = 500
+    path.write_text(json.dumps(tokenizer))
+
+
 MODELS = {
     "truncated": (truncate, r"model\.safetensors: \d+ bytes expected, \d+ found; the file is damaged"),
     "no safetensors": (
@@ -225,6 +233,14 @@ MODELS = {
     ),
     "another shape": (configured(hidden_size=48), r"transformers cannot load it|missing or misshapen"),
     "unknown kind": (configured(model_type="nobody"), r"transformers cannot load it"),
+    "own code": (
+        configured(model_type="mine", auto_map={"AutoModel": "modeling.Model"}),
+        r"code of its own \(modeling\.py\); this task runs no code of a model; bring one whose class is",
+    ),
+    "an id out of range": (
+        with_gaps,
+        r"the tokenizer gives the text the id 500, the model's go up to 20; they are not of the same model",
+    ),
     "a broken tokenizer": (
         lambda model: (model / "tokenizer.json").write_text("{}"),
         r"transformers cannot load its tokenizer",

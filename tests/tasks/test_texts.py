@@ -33,8 +33,13 @@ def test_documents_are_what_was_written(tmp_path: Path, kind: str, count: int) -
 
 BAD = {
     "Latin-1.txt": (b"caf\xe9", r"Latin-1\.txt: not UTF-8 text at byte 3; save it as UTF-8"),
-    "empty.txt": (b"\n \n", r"empty\.txt: no text found; the file is empty"),
+    "empty.txt": (b"\n \n", r"empty\.txt: no text found; the file is empty or blank"),
     "empty.jsonl": (b"", r"empty\.jsonl: no text found"),
+    "blank.jsonl": (
+        b'{"text": " "}\n{"text": ""}\n',
+        r"blank\.jsonl: no text found; the file is empty or blank",
+    ),
+    "null.jsonl": (b'{"text": null}\n', r"null\.jsonl:1: 'text' is None, expected a text"),
     "Latin-1.jsonl": (
         b'{"text": "a"}\n{"text": "\xe9"}',
         r"Latin-1\.jsonl:2: not UTF-8 text at byte 10 of the line",
@@ -65,6 +70,7 @@ def test_a_bad_file_is_one_line(tmp_path: Path, name: str) -> None:
     ("table", "message"),
     [
         ({"body": ["a"], "year": [1]}, r"no key 'text', there are 'body', 'year'; set task\.data\.text"),
+        ({"text": ["", "\n"]}, r"file\.parquet: no text found; the file is empty or blank"),
         ({"text": ["a", None]}, r"file\.parquet, row 2: 'text' is None, expected a text"),
     ],
 )

@@ -37,6 +37,7 @@ from recoup.tasks.packing import PASSAGE, Ids, deciles, pack, repeated, tokens_o
 from recoup.tasks.pretrained import (
     check,
     check_context,
+    check_ids,
     files_of,
     load_causal_lm,
     load_tokenizer,
@@ -103,10 +104,11 @@ def load(recipe: Recipe, folder: Path) -> Task:
     files = {
         part: find(getattr(settings.data, part), folder, f"task.data.{part}") for part in ("train", "test")
     }
-    documents = {
+    found = {
         part: [text for path in files[part].values() for text in read(path, settings.data.text)]
         for part in files
     }
+    documents = {part: [text for text in found[part] if text.strip()] for part in found}
     source = model_folder(settings.model, folder)
     check(source)
     config = read_config(source, trust_remote_code=settings.trust_remote_code)
@@ -114,6 +116,7 @@ def load(recipe: Recipe, folder: Path) -> Task:
     tokenizer = load_tokenizer(source, config, trust_remote_code=settings.trust_remote_code)
 
     texts = _disjoint(documents["train"], documents["test"], tokenizer, settings.context)
+    check_ids(len(texts.counts) - 1, source, config)
     test = _drawn(texts.test, settings.test_tokens, random.Random(MEASURING_SEED))
     calibration, train = _calibration_and_train(texts.train, recipe, settings)
     slices = _slices(test, texts.counts, every_decile=settings.deciles)
@@ -134,6 +137,9 @@ def load(recipe: Recipe, folder: Path) -> Task:
             **about(*written),
             **{f"sha256 {name}": sha256_of(path) for name, path in named.items()},
             "stored weights without use": ", ".join(unused) or "none",
+            "blank documents left out": ", ".join(
+                f"{len(found[part]) - len(documents[part])} of {part}" for part in found
+            ),
             "tokens of a sequence": str(settings.context),
             "test sequences": f"{len(test)} of {len(texts.test)}",
             "test tokens measured": f"{len(slices['rare-tokens'])}, of them "
@@ -191,7 +197,10 @@ def score(logits: Float[Tensor, "tokens words"], ids: Int[Tensor, " tokens"]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class _Texts:
-    """Sequences of both texts that share no passage, and how often every word is in the training text."""
+    """Sequences of both texts that share no passage, and how often every word is in the training text.
+
+    The counts go up to the highest id in either text.
+    """
 
     train: Blocks
     test: Blocks

@@ -44,7 +44,7 @@ def read(path: Path, text: str, label: str) -> list[Document]:
 
     Args:
         path: the file, UTF-8.
-        text: the key of the text, a string that is not empty.
+        text: the key of the text, a string that is not blank.
         label: the key of the label, a string or an integer.
 
     Raises:
@@ -127,4 +127,7 @@ def _document(row: dict[str, Any], where: str, text: str, label: str) -> Documen
     }
     if not isinstance(found["label"], str | int):
         raise ValueError(f"{where}: {label!r} is {found['label']!r}, expected a string or an integer")
-    return Document(text=text_of(found["text"], text, where), label=str(found["label"]))
+    content = text_of(found["text"], text, where)
+    if not content.strip():
+        raise ValueError(f"{where}: {text!r} is {content!r}, expected a text")
+    return Document(text=content, label=str(found["label"]))

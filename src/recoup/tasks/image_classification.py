@@ -43,6 +43,7 @@ from recoup.validate import Samples
 LEAST_CERTAIN = 0.1  # share of the test images
 _ENTRY = r"[\w.]+:\w+"
 _UNNAMED = r"LABEL_\d+"  # what transformers calls a class whose name nobody gave it
+_NUMBER = r"(?:LABEL_)?(\d+)"
 
 
 class Data(BaseModel):
@@ -282,7 +283,9 @@ def _pixels(settings: Settings, source: Source) -> Callable[[Sequence[Picture]],
 
     with quiet():
         try:
-            processor: Any = AutoImageProcessor.from_pretrained(source.folder, local_files_only=True)
+            processor: Any = AutoImageProcessor.from_pretrained(
+                source.folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ValueError(
                 f"{source.folder}: transformers cannot load its image processor "
@@ -319,17 +322,23 @@ def _width(model: nn.Module, batches: Batches) -> int:
 def _class_of(model: nn.Module, train: Sequence[Picture], width: int) -> Callable[[Picture], int]:
     """From a picture to the number of its class.
 
-    A number is that of an output. A name is looked up in the model's own names; where nobody named them, in
-    the sorted names of the train images.
+    A number is that of an output. A name is looked up in the model's own names. Where nobody named those,
+    names that all are numbers ("10", "LABEL_10") are the numbers of outputs too; others are looked up in the
+    sorted names of the train images.
     """
     own: Any = getattr(getattr(model, "config", None), "label2id", None) or {}
     named = {str(name): int(number) for name, number in own.items() if not re.fullmatch(_UNNAMED, name)}
     names = sorted({picture.label for picture in train if isinstance(picture.label, str)})
     numbers = named or {name: number for number, name in enumerate(names)}
     whose = "the model" if named else "the train images"
+    numbered = not named and all(re.fullmatch(_NUMBER, name) for name in names)
+
+    def named_so(name: str) -> int | None:
+        match = re.fullmatch(_NUMBER, name) if numbered else None
+        return int(match[1]) if match else numbers.get(name)
 
     def number(picture: Picture) -> int:
-        found = numbers.get(picture.label) if isinstance(picture.label, str) else picture.label
+        found = named_so(picture.label) if isinstance(picture.label, str) else picture.label
         if found is None:
             raise ValueError(
                 f"{picture.where}: label {picture.label!r} found, {whose} know {', '.join(numbers) or 'none'}"

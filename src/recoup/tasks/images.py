@@ -7,14 +7,15 @@ not fit into memory as pixels.
 import hashlib
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, Self, overload
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor
 
 from recoup.tasks.documents import MEASURING_SEED
@@ -62,9 +63,9 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: tuple[int, int]
-    mean: tuple[float, ...] = Field(min_length=1)
-    std: tuple[float, ...] = Field(min_length=1)
+    size: tuple[PositiveInt, PositiveInt]
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
     interpolation: Interpolation = "bilinear"
     channels: Literal[1, 3] = 3
 
@@ -77,6 +78,16 @@ class Preprocessing(BaseModel):
     @classmethod
     def _for_all_channels(cls, value: Any) -> Any:
         return (value,) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _one_or_for_every_channel(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in {1, self.channels}:
+                raise ValueError(
+                    f"{name} has {len(values)} numbers for {self.channels} channels; write one number, or "
+                    "one for every channel"
+                )
+        return self
 
     def __call__(self, pictures: Sequence[Picture]) -> Float[Tensor, "images channels height width"]:
         """Pixel values of pictures.
@@ -144,7 +155,8 @@ def read(path: Path) -> list[Picture]:
             (encoded, or a struct with `bytes`, as Hugging Face's datasets writes them) and `label`.
 
     Raises:
-        ValueError: no images there, fewer than two classes, other columns, or a row without image or label.
+        ValueError: no images there or in the folder of a class, fewer than two classes, other columns, a row
+            without image or label, or an image whose header is none or says more than 8 bits per channel.
         FileNotFoundError: no such file or folder.
         ImportError: parquet needs pyarrow.
     """
@@ -158,22 +170,21 @@ def read(path: Path) -> list[Picture]:
     if len(classes) < 2:
         found = f"one class, {min(classes)!r}" if classes else "no images"
         raise ValueError(f"{path}: {found} found; a classifier needs images of two classes")
+    for picture in pictures:
+        _check(picture)
     return pictures
 
 
 def opened(picture: Picture, channels: int) -> Any:
-    """The decoded image in colours or grey.
+    """The decoded image in colours or grey, upright as its EXIF data say, without its transparency.
 
     Raises:
         ValueError: it cannot be decoded.
     """
-    from PIL import Image
+    from PIL import ImageOps
 
-    try:
-        return Image.open(io.BytesIO(picture.encoded)).convert({1: "L", 3: "RGB"}[channels])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        said = str(error).splitlines()[0].partition(" <_io.")[0]
-        raise ValueError(f"{picture.where}: no image that pillow can read ({said}); take it out") from None
+    with _open(picture) as image:
+        return ImageOps.exif_transpose(image).convert({1: "L", 3: "RGB"}[channels])
 
 
 def without(pictures: Sequence[Picture], others: Sequence[Picture]) -> list[Picture]:
@@ -198,14 +209,53 @@ def some(pictures: list[Picture], count: int | None, key: str, where: Path) -> l
     return [pictures[index] for index in sorted(chosen)]
 
 
+@contextmanager
+def _open(picture: Picture) -> Generator[Any]:
+    """The image, not decoded yet. What pillow says against it, then or later, is one line with its name."""
+    from PIL import Image
+
+    source = picture.source
+    try:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file,
+            Image.open(file) as image,
+        ):
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        said = str(error).splitlines()[0].partition(" <_io.")[0]
+        raise ValueError(f"{picture.where}: no image that pillow can read ({said}); take it out") from None
+
+
+def _check(picture: Picture) -> None:
+    """What its header says; the rest is found out when its batch is made."""
+    with _open(picture) as image:
+        mode: str = image.mode
+    if mode.startswith(("I", "F")):  # converted to 8 bits, they would be cut off at 255
+        raise ValueError(
+            f"{picture.where}: more than 8 bits per channel found (pillow's mode {mode}); save it with 8"
+        )
+
+
 def _in_folders(path: Path) -> list[Picture]:
-    return [
-        Picture(where=str(file), source=file, label=folder.name)
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not file.name.startswith(".")
-    ]
+    from PIL import Image
+
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    pictures: list[Picture] = []
+    for folder in sorted(path.iterdir()):
+        if not folder.is_dir() or folder.name.startswith("."):
+            continue
+        files = [
+            file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and not file.name.startswith(".") and file.suffix.lower() in endings
+        ]
+        if not files:
+            raise ValueError(
+                f"{folder}: no images found, by the endings that pillow reads (.png, .jpg, ...); "
+                "put some there, or take the folder out"
+            )
+        pictures += [Picture(where=str(file), source=file, label=folder.name) for file in files]
+    return pictures
 
 
 def _in_parquet(path: Path) -> list[Picture]:

@@ -86,8 +86,12 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for pattern in FILES for path in folder.glob(pattern))
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def read_config(folder: Path, *, trust_remote_code: bool | None = None) -> Any:
     """The model's configuration.
+
+    Args:
+        folder: of the model.
+        trust_remote_code: what the recipe says; None for a task that runs no code of a model.
 
     Raises:
         ValueError: transformers does not know the kind of model, its class is code in the folder that is not
@@ -96,14 +100,14 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     if not trust_remote_code:
-        _refuse_code(folder)
+        _refuse_code(folder, trust_remote_code)
     with quiet():
         try:
             config: Any = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
+                folder, local_files_only=True, trust_remote_code=bool(trust_remote_code)
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise _unloadable(folder, "it", error) from error
+            raise _unloadable(folder, "it", error, trust_remote_code) from error
     quantized: Any = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else type(quantized).__name__
@@ -145,7 +149,7 @@ def load_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn
 
     config = read_config(folder, trust_remote_code=trust_remote_code)
     config.use_cache = False
-    return _load(AutoModelForCausalLM, folder, config, {"trust_remote_code": trust_remote_code})
+    return _load(AutoModelForCausalLM, folder, config, {}, trust_remote_code)
 
 
 def load_image_classifier(folder: Path) -> tuple[nn.Module, list[str]]:
@@ -161,34 +165,54 @@ def load_image_classifier(folder: Path) -> tuple[nn.Module, list[str]]:
     )
 
 
-def load_tokenizer(folder: Path, config: Any, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer, known to fit the model.
+def load_tokenizer(folder: Path, config: Any, *, trust_remote_code: bool | None = None) -> Any:
+    """The tokenizer, whose vocabulary the model has embeddings for.
+
+    Tokens that were added to the vocabulary may lie beyond: they stand in few texts. `check_ids` sees those.
+
+    Args:
+        folder: of the model.
+        config: of the model.
+        trust_remote_code: what the recipe says; None for a task that runs no code of a model.
 
     Raises:
-        ValueError: transformers cannot load it, or it has ids that the model has no embedding for.
+        ValueError: transformers cannot load it, or its vocabulary is larger than the model's.
     """
     from transformers import AutoTokenizer
 
     with quiet():
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
+                folder, local_files_only=True, trust_remote_code=bool(trust_remote_code)
             )
         except Exception as error:
-            raise _unloadable(folder, "its tokenizer", error) from error
+            raise _unloadable(folder, "its tokenizer", error, trust_remote_code) from error
     rows: int = config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
+    if tokenizer.vocab_size > rows:
         raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} words, the model {rows}; "
-            "they are not of the same model"
-        )
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
-        raise ValueError(
-            f"{folder}: the tokenizer's ids go up to {highest}, the model's to {rows - 1}; "
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} words, the model {rows}; "
             "they are not of the same model"
         )
     return tokenizer
+
+
+def check_ids(highest: int, folder: Path, config: Any) -> None:
+    """The model has an embedding for every id of a text.
+
+    Args:
+        highest: of the ids.
+        folder: of the model, for messages.
+        config: of the model.
+
+    Raises:
+        ValueError: it has none for the highest.
+    """
+    rows: int = config.get_text_config().vocab_size
+    if highest >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer gives the text the id {highest}, the model's go up to {rows - 1}; "
+            "they are not of the same model"
+        )
 
 
 def check_context(config: Any, tokens: int, key: str) -> None:
@@ -202,7 +226,9 @@ def check_context(config: Any, tokens: int, key: str) -> None:
         raise ValueError(f"{key}: {tokens} asked, the model takes {longest} at most")
 
 
-def _load(auto: Any, folder: Path, config: Any, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+def _load(
+    auto: Any, folder: Path, config: Any, options: dict[str, Any], trust_remote_code: bool | None = None
+) -> tuple[nn.Module, list[str]]:
     """What transformers makes of the folder in float32 and eval mode, and what it has no use for."""
     with quiet():
         try:
@@ -213,10 +239,12 @@ def _load(auto: Any, folder: Path, config: Any, options: dict[str, Any]) -> tupl
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                # Not None, for which transformers would ask at the terminal.
+                trust_remote_code=bool(trust_remote_code),
                 **options,
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise _unloadable(folder, "it", error) from error
+            raise _unloadable(folder, "it", error, trust_remote_code) from error
     absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
         raise ValueError(
@@ -226,7 +254,7 @@ def _load(auto: Any, folder: Path, config: Any, options: dict[str, Any]) -> tupl
     return model.eval(), sorted(found["unexpected_keys"])
 
 
-def _refuse_code(folder: Path) -> None:
+def _refuse_code(folder: Path, trust_remote_code: bool | None) -> None:
     """Where transformers has the classes itself, it does not ask for the folder's; else they would run."""
     from transformers import CONFIG_MAPPING
 
@@ -237,11 +265,19 @@ def _refuse_code(folder: Path) -> None:
     code: Any = config.get("auto_map") if isinstance(config, Mapping) else None
     if not code or config.get("model_type") in CONFIG_MAPPING:
         return
-    modules = sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.values()})
+    listed = [value if isinstance(value, list) else [value] for value in code.values()]
+    modules = sorted({f"{name.rpartition('.')[0]}.py" for names in listed for name in names if name})
     raise ValueError(
         f"{folder}: its class is not part of transformers but code of its own ({', '.join(modules)}); "
-        "read it, then write trust_remote_code: true under task to run it"
+        f"{_remedy(trust_remote_code)}"
     )
+
+
+def _remedy(trust_remote_code: bool | None) -> str:
+    """What to do about a model that comes with code."""
+    if trust_remote_code is None:
+        return "this task runs no code of a model; bring one whose class is part of transformers"
+    return "read it, then write trust_remote_code: true under task to run it"
 
 
 def _check_shards(index: Path) -> None:
@@ -278,8 +314,8 @@ def _check_length(path: Path) -> None:
         )
 
 
-def _unloadable(folder: Path, what: str, error: Exception) -> ValueError:
-    remedy = "; write trust_remote_code: true under task" if "trust_remote_code" in str(error) else ""
+def _unloadable(folder: Path, what: str, error: Exception, trust_remote_code: bool | None) -> ValueError:
+    remedy = f"; {_remedy(trust_remote_code)}" if "trust_remote_code" in str(error) else ""
     return ValueError(f"{folder}: transformers cannot load {what} ({_line(error)}){remedy}")
 
 

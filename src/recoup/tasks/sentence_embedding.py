@@ -32,6 +32,7 @@ from recoup.tasks.documents import Document, read, some, split
 from recoup.tasks.pretrained import (
     check,
     check_context,
+    check_ids,
     files_of,
     load_encoder,
     load_tokenizer,
@@ -124,7 +125,9 @@ def load(recipe: Recipe, folder: Path) -> Task:
     check_context(model.config, settings.max_tokens, "task.max_tokens")
 
     def batched(documents: Sequence[Document]) -> list[Batch]:
-        return tokenized([document.text for document in documents], tokenizer, settings)
+        batches = tokenized([document.text for document in documents], tokenizer, settings)
+        check_ids(max((int(batch["input_ids"].max()) for batch in batches), default=0), source, model.config)
+        return batches
 
     shortest_first = sorted(range(len(test)), key=lambda index: len(test[index].text))
     test_batches = batched([test[index] for index in shortest_first])

@@ -37,7 +37,7 @@ def find(named: str | Sequence[str], folder: Path, key: str) -> dict[str, Path]:
 
 
 def read(path: Path, text: str) -> list[str]:
-    """The documents of a file: all of it (.txt), a line (.jsonl) or a row (.parquet) each.
+    """The documents of a file, blank ones too: all of it (.txt), a line (.jsonl) or a row (.parquet) each.
 
     Args:
         path: the file; its ending says what it is.
@@ -50,8 +50,8 @@ def read(path: Path, text: str) -> list[str]:
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: {path.suffix or 'no ending'} found; there are {', '.join(READERS)}")
     documents = READERS[path.suffix.lower()](path, text)
-    if not documents:
-        raise ValueError(f"{path}: no text found; the file is empty")
+    if not any(document.strip() for document in documents):
+        raise ValueError(f"{path}: no text found; the file is empty or blank")
     return documents
 
 
@@ -92,9 +92,9 @@ def text_of(value: Any, key: str, where: str) -> str:
     """The value as a text.
 
     Raises:
-        ValueError: it is none, or only white space.
+        ValueError: it is none.
     """
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         raise ValueError(f"{where}: {key!r} is {value!r}, expected a text")
     return value
 
@@ -109,10 +109,9 @@ def _plain(path: Path, text: str) -> list[str]:
     del text
     data = path.read_bytes()
     try:
-        document = data.decode("utf-8-sig")
+        return [data.decode("utf-8-sig")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
-    return [document] if document.strip() else []
 
 
 def _json(path: Path, text: str) -> list[str]:
