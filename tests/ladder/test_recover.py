@@ -304,6 +304,52 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(model: Classif
         assert not list(tmp_path.iterdir())
 
 
+class Stateful(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counting = Counting()
+
+
+class Counting(nn.Module):
+    def get_extra_state(self) -> int:
+        return 3
+
+    def set_extra_state(self, state: int) -> None: ...
+
+
+REFUSED: list[tuple[type[nn.Module], dict[str, Any], str]] = [
+    (
+        Classifier,
+        {"train": {"loss": "task"}},
+        "the loss needs loss; the model returns logits: give the batches",
+    ),
+    (Classifier, {"train": {"activation_checkpointing": True}}, "Classifier has no layers that transformers"),
+    (Classifier, {"rungs": ["gptq"], "weight_ranges": "dynamic"}, "its scales follow the weight, and gptq"),
+    (Stateful, {}, r"counting\._extra_state: state of type int"),
+    (Stateful, {"rungs": ["gptq"]}, r"counting\._extra_state: state of type int"),
+]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("build", "fields", "message"), REFUSED)
+def test_a_rung_that_cannot_be_climbed_is_refused_before_the_baseline(
+    build: type[nn.Module], fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = build()
+    for part in (None, "ptq") if fields.get("rungs") is None else (None,):
+        with pytest.raises(ValueError, match=message):
+            climbed(model, tmp_path / "run", never, recipe(**fields), part=part)
+    assert not list(tmp_path.iterdir())
+    assert not any(isinstance(module, FakeQuantizer) for module in model.modules())
+
+
+def test_gptq_wants_batches_of_one_shape_at_once(model: Classifier, tmp_path: Path) -> None:
+    data = [*batches(1), {"x": torch.randn(32, 2, 32)}]
+    with pytest.raises(ValueError, match="gptq: the calibration batches have different shapes"):
+        recover(model, recipe(rungs=["gptq"]), calibration=data, evaluate=never,
+                folder=tmp_path / "run")  # fmt: skip
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_folder_belongs_to_one_finished_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"

@@ -118,6 +118,74 @@ def test_a_failed_rung_is_exported_where_that_is_asked_and_replaced_by_a_better_
     assert run_json(again.folder)["rung"] == "qat"
 
 
+def test_the_verdict_of_a_replaced_artefact_does_not_count(again: Again) -> None:
+    """The file of rtn passed, though rtn did not; then qat is better, fails, and is not exported."""
+    again.recipe = recipe(rungs=["rtn", "qat"])
+    again(100, 50, part="ptq")
+    again(part="export")
+    assert again(95, part="validate").outcome == "passed"
+    result = again(60)
+    assert (result.outcome, result.rung, result.artefact) == ("failed", "qat", None)
+    found = run_json(again.folder)
+    assert (found["outcome"], found["rung"], found["artefact"]) == ("failed", "qat", None)
+    assert found["verdicts"][0]["candidate"] == 0.6
+
+
+def test_a_part_that_climbs_ends_with_the_outcome_of_its_rung(again: Again) -> None:
+    again.recipe = recipe(rungs=["rtn", "qat"])
+    again(100, 50, part="ptq")
+    assert again(part="export").outcome == "failed"
+    assert again(51, part="validate").outcome == "failed"
+    result = again(100, part="qat")
+    assert (result.outcome, result.rung, result.artefact) == ("passed", "qat", None)
+    assert result.verdicts[0].candidate == 1.0
+    result = again(part="export")
+    assert (result.outcome, result.artefact) == ("passed", again.folder / "artefact")
+    assert again(40, part="validate").outcome == "failed"
+
+
+def test_an_artefact_that_was_moved_away_is_exported_again(again: Again, tmp_path: Path) -> None:
+    again.recipe = recipe(rungs=["rtn", "qat"])
+    again(100, 50, part="ptq")
+    again(part="export")
+    again(51, part="validate")
+    (again.folder / "artefact").rename(tmp_path / "mine")
+    assert outcome_of_part(again.folder, again.recipe, "export") is None
+    with pytest.raises(ValueError, match="rung rtn is not exported yet; run recoup export first"):
+        again(evaluate=never, part="validate")
+    again(part="export")
+    assert (again.folder / "artefact" / "model.pt").is_file()
+    assert again(52, part="validate").verdicts[0].candidate == 0.52
+
+
+def test_only_our_own_drafts_are_cleared(again: Again, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        again(evaluate=stopping(100, 50))
+    theirs = [again.folder / name for name in (".git/HEAD", ".artefact-notes/a", "unfinished/.notes/a")]
+    ours = [again.folder / name for name in (".artefact-ab_12cd8/artefact/a", "unfinished/.float/a")]
+    ours += [again.folder / name for name in (".run.json.unfinished", ".report.md.unfinished")]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("a")
+    (again.folder / ".link.unfinished").symlink_to(tmp_path / "elsewhere")
+    (again.folder / ".env").write_text("a")
+    with pytest.raises(KeyboardInterrupt):
+        again(evaluate=stopping(51))
+    assert all(path.is_file() for path in (*theirs, again.folder / ".env", tmp_path / "elsewhere" / "a"))
+    assert (again.folder / ".link.unfinished").is_symlink()
+    assert not any(path.exists() for path in ours)
+
+
+def test_looking_says_that_a_step_is_damaged(again: Again) -> None:
+    again(100, 50, 52, part="ptq")
+    steps = sorted((again.folder / "unfinished" / "steps").iterdir())
+    (steps[-1] / "state.safetensors").write_bytes(b"cut")
+    with pytest.warns(UserWarning, match="step-000003: .* going on from step-000002"):
+        assert outcome_of_part(again.folder, again.recipe, "ptq") is None
+
+
 def test_a_part_needs_what_comes_before_it(again: Again) -> None:
     for part in ("export", "validate"):
         with pytest.raises(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recoup import prepare, resolve, train
 from recoup.train import float_copy
+from recoup.train.checkpoints import Checkpoints
 from recoup.train.fingerprint import fingerprint
 from recoup.train.snapshot import DamagedError, load_state_of, read_snapshot, state_of, write_snapshot
 from tests.killing import in_a_process
@@ -319,3 +320,32 @@ def test_a_fingerprint_sees_values_names_shapes_and_order() -> None:
         [-x, x],
     ]
     assert len({fingerprint(value) for value in different}) == len(different)
+
+
+class Views(torch.nn.Module):
+    """Two Parameters on one storage, and a buffer that is a view of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.randn(4, 4))
+        self.b = torch.nn.Parameter(self.a.data)
+        self.register_buffer("table", torch.randn(6))
+        self.register_buffer("head", self.table[1:3])
+
+
+def test_tensors_on_one_storage_are_each_written(tmp_path: Path) -> None:
+    model, other = Views(), Views()
+    write_snapshot(tmp_path / "it", {"weights": state_of(model)}, {})
+    load_state_of(other, read_snapshot(tmp_path / "it")[0]["weights"])
+    assert fingerprint(other.state_dict()) == fingerprint(model.state_dict())
+
+
+def test_another_process_warns_of_what_is_damaged(case: Case) -> None:
+    case()
+    cut(case.folder / "step-000006")
+    looking = Checkpoints(case.folder, {}, writes=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert looking.newest(quiet=True) is not None
+    with pytest.warns(UserWarning, match="step-000006: .* going on from step-000004"):
+        assert looking.newest() is not None

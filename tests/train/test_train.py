@@ -347,6 +347,27 @@ def test_it_stops_early_after_so_many_looks_without_a_lower_loss() -> None:
     assert not any("stopped_early" in entry for entry in seen)  # it was the last step in any case
 
 
+def test_looks_before_quantization_trains_are_no_failures() -> None:
+    seen: list[Mapping[str, float]] = []
+    given = settings(steps=20, learning_rate=1e3, early_stop=2, start_step=6)
+    train(prepared(), batches(4), given, held_out=batches(1), record=seen.append)
+    assert [entry["step"] for entry in seen if "stopped_early" in entry] == [10]  # looks at 8 and 10
+
+
+class Counting(nn.Module):
+    def get_extra_state(self) -> int:
+        return 3
+
+    def set_extra_state(self, state: int) -> None: ...
+
+
+def test_state_that_is_no_tensor_is_refused() -> None:
+    model = prepared()
+    model.counting = Counting()
+    with pytest.raises(ValueError, match=r"^counting\._extra_state: state of type int cannot be kept"):
+        train(model, batches(1), settings())
+
+
 def test_an_early_stop_needs_something_to_look_at() -> None:
     with pytest.raises(
         ValueError, match="early_stop: looks at held-out batches and there are none; pass held"

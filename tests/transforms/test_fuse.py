@@ -1,6 +1,7 @@
 """BatchNorm becomes part of the layer before it, and the function stays the same."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -265,3 +266,41 @@ def test_rounding_of_deep_networks_is_no_reason_to_refuse(depth: int, seed: int)
     model = trained(nn.Sequential(*layers), *([x] * 5))
     model[1].running_var[0] = 1e-4  # a channel that is nearly dead, and loud
     assert norms(fuse(model, x)) == []
+
+
+@dataclass
+class Output:
+    found: Any
+    name: str = "logits"
+
+
+class Opaque:
+    def __init__(self, found: Tensor) -> None:
+        self.found = found
+
+
+def test_the_fields_of_a_dataclass_are_compared() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    good = trained(Net(lambda net, x: Output(found=[net.norm(net.conv(x))])), x)
+    assert norms(fuse(good, x)) == ["second"]
+    bad = trained(Net(lambda net, x: Output(found=net.norm(y := net.conv(x)) + y)), x)
+    with pytest.raises(ValueError, match=r"^conv: with norm folded into it"):
+        fuse(bad, x)
+
+
+def test_where_nothing_can_be_compared_every_norm_stays() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    model = trained(Net(lambda net, x: Opaque(net.norm(net.conv(x)))), x)
+    assert norms(fuse(model, x)) == ["norm", "second"]
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_a_pruned_layer_is_left_alone(what: str) -> None:
+    from torch.nn.utils import prune
+
+    x = torch.randn(4, 3, 5, 5)
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), x)
+    prune.random_unstructured(model[0], what, amount=0.5)
+    expected = model(x)
+    assert norms(fuse(model, x)) == ["1"]
+    assert torch.equal(model(x), expected)

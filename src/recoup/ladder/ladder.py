@@ -7,7 +7,6 @@ back and run in its engine; the model in memory was only the way there. Every ar
 disk before the next one begins: a run that was stopped goes on where it was.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from recoup.export.export import Target
 from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, measured, rung_json
 from recoup.ladder.facts import facts_of, identity_of
-from recoup.ladder.run_folder import PLAN, RunFolder, outcome_of_part
+from recoup.ladder.refusals import check_data, check_rungs
+from recoup.ladder.run_folder import PLAN, RunFolder, begun, outcome_of_part
 from recoup.ladder.standing import Part, rungs_of
-from recoup.nn import Batch, size_of, without_labels
+from recoup.nn import Batch, without_labels
 from recoup.prepare import prepare, resolve
 from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
@@ -62,9 +62,10 @@ class Result:
     """What came out of a run.
 
     Args:
-        outcome: "passed", "failed" or "undecided", judged on the exported file where it was measured.
+        outcome: "passed", "failed" or "undecided": of the exported file after a whole run and after the part
+            "validate", where there is one; else of the chosen rung.
         rung: the rung that was chosen: the first that passed, or else the best.
-        verdicts: of the exported file, or of the chosen rung where no file was measured.
+        verdicts: that the outcome is from.
         folder: of the run.
         artefact: the exported folder; None where there is none, as when every rung failed.
         model: as the chosen rung made it, prepared.
@@ -130,7 +131,7 @@ def recover(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     gates, rungs = _gates(recipe), rungs_of(part, recipe)
-    _check_data(recipe, calibration, train)
+    check_data(recipe, calibration, train)
     if part in ("export", "validate"):
         outcome_of_part(folder, recipe, part)
     known = {**facts_of(model, calibration, train, recipe), **(facts or {})}
@@ -138,6 +139,8 @@ def recover(
     fuse(model, example)
     plan = resolve(model, recipe)
     preflight(model, plan, recipe.export.target)
+    if not begun(folder):
+        check_rungs(model, plan, recipe, calibration, train)
     given = None if baseline is None else _askable(baseline, gates)
     account = explain(model, plan)
 
@@ -153,11 +156,11 @@ def recover(
     chosen = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say).up(rungs)
     assert chosen is not None
     standing = run.standing
-    if standing.exported != chosen.name and (
-        part == "export" or (part is None and chosen.outcome != "failed")
-    ):
-        _export(run, recipe, model, example, chosen, say)
-    shipped = standing.exported == chosen.name
+    if standing.exported != chosen.name:
+        standing.drop_artefact()  # of a rung before it, with a verdict that says nothing of this one
+        if part == "export" or (part is None and chosen.outcome != "failed"):
+            _export(run, recipe, model, example, chosen, say)
+    shipped = standing.exported is not None
     if shipped and part in (None, "validate"):
         _measure_artefact(run, recipe, target, example, gates, before, evaluate, say)
     if shipped:
@@ -168,7 +171,7 @@ def recover(
         write(record, run.path)
         if not standing.left(recipe.rungs):
             run.finish(run_json(record, run.seconds))
-    final = standing.artefact or chosen
+    final = (standing.artefact if part in (None, "validate") else None) or chosen
     return Result(
         outcome=final.outcome,
         rung=chosen.name,
@@ -178,21 +181,6 @@ def recover(
         model=model,
         record=record,
     )
-
-
-def _check_data(recipe: Recipe, calibration: Sequence[Batch], train: Sequence[Batch]) -> None:
-    if "qat" in recipe.rungs and len(train) < 2:
-        raise ValueError(
-            f"the rung qat needs at least 2 training batches, one of them held out; found {len(train)}"
-        )
-    found = sum(map(size_of, calibration))
-    if found < recipe.calibration.samples:
-        raise ValueError(
-            f"calibration: {recipe.calibration.samples} samples asked, {found} found; "
-            "bring more, or ask for fewer"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("recover writes one folder from one process; under torchrun call recoup.train")
 
 
 def _baseline(
@@ -240,7 +228,6 @@ def _export(
     """Write the artefact of a rung, in the place of one of a rung before it."""
     standing = run.standing
     say(f"exporting {chosen.name} ({chosen.outcome}) for {recipe.export.target}")
-    standing.exported = standing.artefact = standing.costs = None
     run.free_artefact()
     run.save()
     with busy("exporting"):

@@ -12,12 +12,13 @@ run.json       the outcome; written last, so a folder with it is a finished run
 artefact/      what ships
 """
 
+import glob
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class RunFolder:
             raise ValueError(f"{self.path}: this run is done; remove the folder to run it again")
         self.steps = Checkpoints(self.path / _WORK / "steps", identity)
         parts, facts = self.steps.newest() or ({}, None)
-        self.standing = Standing() if facts is None else Standing.from_json(facts["standing"])
+        self.standing = _standing(facts, self.artefact)
         self.baseline: Mapping[str, Tensor] = parts.get("baseline", {})
         self.state: Mapping[str, Tensor] = parts.get("state", {})
         _check_place(self.path, recipe.export.to, ours=self.standing.exporting)
@@ -122,7 +123,7 @@ class RunFolder:
         """Remove what belongs to no finished step."""
         work = self.path / _WORK
         work.mkdir(parents=True, exist_ok=True)
-        for draft in (*self.path.glob(".*"), *work.glob(".*")):  # of writers that were killed
+        for draft in set(self._drafts()):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
         for name in ("report.md", "report.html", *((PLAN, METRICS) if everything else ())):
             (self.path / name).unlink(missing_ok=True)
@@ -132,6 +133,20 @@ class RunFolder:
             self.free_artefact()
             self.standing.exporting = False
         write_text(self.path / METRICS, "".join(_lines(self.path / METRICS)[: self.standing.lines]))
+
+    def _drafts(self) -> Iterator[Path]:
+        """What writers that were killed left; whatever else has a dot in front is somebody else's."""
+        mine = [f".*{_DRAFT}", f"{_WORK}/.*{_DRAFT}", f"{_WORK}/.float", ".report.md.*", ".report.html.*"]
+        for pattern in mine:
+            yield from (path for path in self.path.glob(pattern) if not path.is_symlink())
+        if self.artefact.resolve().is_relative_to(self.path.resolve()):
+            unproven = f".{glob.escape(self.artefact.name)}-{'?' * 8}"  # as `export` has it from tempfile
+            yield from (path for path in self.artefact.parent.glob(unproven) if not path.is_symlink())
+
+
+def begun(path: str | Path) -> bool:
+    """Has a run in the folder a step to go on from?"""
+    return any((Path(path) / _WORK / "steps").glob("step-*"))
 
 
 def finished(path: str | Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -176,7 +191,7 @@ def outcome_of_part(path: str | Path, recipe: Recipe, part: Part | None) -> str 
     if done is not None or part is None:
         return None if done is None else done["outcome"]
     saved = Checkpoints(Path(path) / _WORK / "steps", {}, writes=False).newest()
-    standing = Standing() if saved is None else Standing.from_json(saved[1]["standing"])
+    standing = _standing(None if saved is None else saved[1], Path(path) / recipe.export.to)
     if part in ("export", "validate") and standing.best is None:
         raise ValueError(f"{path}: no rung is measured yet; run recoup ptq or recoup qat first")
     if part == "validate" and standing.best is not None and standing.exported != standing.best.name:
@@ -198,6 +213,14 @@ def write_text(file: Path, text: str) -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OSError(f"{file}: cannot be written ({error.strerror}); what was saved is kept") from None
+
+
+def _standing(facts: Mapping[str, Any] | None, artefact: Path) -> Standing:
+    """What was saved; an artefact that was moved away since is none."""
+    standing = Standing() if facts is None else Standing.from_json(facts["standing"])
+    if not artefact.is_dir():
+        standing.drop_artefact()
+    return standing
 
 
 def _check_place(folder: Path, to: str, *, ours: bool) -> None:

@@ -45,6 +45,10 @@ class Standing:
         """The rung that would be shipped: of equals the first, which is the cheapest."""
         return max(self.rungs, key=_merit, default=None)
 
+    def drop_artefact(self) -> None:
+        """Count none as exported: what is there is gone, or was made of a rung that is not the best now."""
+        self.exported = self.artefact = self.costs = None
+
     def left(self, rungs: tuple[str, ...]) -> list[str]:
         """Those of the rungs that are still to be climbed; none once one has passed."""
         if self.best is not None and self.best.outcome == "passed":

@@ -20,7 +20,8 @@ def activations_recomputed(model: nn.Module) -> Generator[None]:
     layers = _layers(model)
     modes = {layer: layer.training for layer in layers}
     for layer in layers:
-        _check_quiet(layer)
+        if not layer.training:
+            _check_quiet(layer)
     flags = {m: m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")}
     asked: Any = model
     if hasattr(model, "activation_checkpointing_enable"):  # transformers 5 renamed it on its way
@@ -39,6 +40,21 @@ def activations_recomputed(model: nn.Module) -> Generator[None]:
             layer.training = mode
 
 
+def check_layers(model: nn.Module, *, quiet: bool) -> None:
+    """Has the model layers that can be checkpointed?
+
+    Args:
+        model: of transformers.
+        quiet: nothing may drop activations, since a teacher is followed.
+
+    Raises:
+        ValueError: it has none, or one drops activations by itself.
+    """
+    for layer in _layers(model):
+        if quiet:
+            _check_quiet(layer)
+
+
 def _layers(model: nn.Module) -> list[nn.Module]:
     if getattr(model, "supports_gradient_checkpointing", False):  # so transformers is imported already
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -55,7 +71,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 def _check_quiet(layer: nn.Module) -> None:
     own = {name: value for name, value in vars(layer).items() if "drop" in name and isinstance(value, float)}
     loud = [name for name, value in own.items() if value > 0]
-    if loud and not layer.training:
+    if loud:
         raise ValueError(
             f"activation_checkpointing: {type(layer).__name__} would drop activations ({loud[0]}) while it "
             "follows a teacher; set the model's dropout to 0, or turn activation_checkpointing off"

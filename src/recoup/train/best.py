@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recoup.nn import Batch
+from recoup.schemes.recipe import TrainSettings
 from recoup.train.objective import Objective
 from recoup.train.snapshot import load_state_of, state_of
 
@@ -20,13 +21,14 @@ class Best:
         model: that is trained.
         objective: what is looked at.
         held_out: batches that nobody trains on.
-        early_stop: training is over after so many looks without a lower loss; None for never.
+        settings: `early_stop`, the looks without a lower loss after which training is over; those within
+            `start_step` do not count, since nothing has trained what they look at.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, held_out: Sequence[Batch], early_stop: int | None
+        self, model: nn.Module, objective: Objective, held_out: Sequence[Batch], settings: TrainSettings
     ) -> None:
-        self.model, self.objective, self.held_out, self.early_stop = model, objective, held_out, early_stop
+        self.model, self.objective, self.held_out, self.settings = model, objective, held_out, settings
         self.step = 0
         self.value = math.inf
         self.looks_since = 0
@@ -35,7 +37,8 @@ class Best:
     @property
     def is_long_ago(self) -> bool:
         """So many looks found nothing better that training is over."""
-        return self.early_stop is not None and self.looks_since >= self.early_stop
+        patience = self.settings.early_stop
+        return patience is not None and self.looks_since >= patience
 
     def look(self, step: int) -> dict[str, float]:
         """The held-out loss after a step, as an entry of the record; the state is kept if it is the best."""
@@ -45,7 +48,7 @@ class Best:
         if step == 0 or value < self.value:
             self.step, self.value, self.looks_since = step, value, 0
             self.state = {k: v.detach().to("cpu", copy=True) for k, v in state_of(self.model).items()}
-        else:
+        elif step > self.settings.start_step:
             self.looks_since += 1
         return {"held_out": value}
 

@@ -33,10 +33,13 @@ class Checkpoints:
         if writes:
             clear_unfinished(folder)
 
-    def newest(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    def newest(self, *, quiet: bool = False) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """Parts and facts of the newest checkpoint that is whole; None where there is none.
 
         Warns of every damaged one that is newer, and says what is taken in its place.
+
+        Args:
+            quiet: another process warns.
 
         Raises:
             ValueError: the checkpoints are those of other work.
@@ -47,8 +50,8 @@ class Checkpoints:
                 parts, facts = read_snapshot(path)
             except DamagedError as error:
                 instead = f"going on from {found[index - 1].name}" if index else "starting from the beginning"
-                if self.writes:
-                    warnings.warn(f"{error}; {instead}", stacklevel=2)
+                if not quiet:
+                    warnings.warn(f"{error}; {instead}", stacklevel=1)  # one place, so it is said once
                 continue
             self._check(facts["identity"])
             self._let_go(found[: index + 1])

@@ -49,7 +49,12 @@ def build_loss(loss: str | dict[str, float], temperature: float, teacher_output:
 
 def needs_teacher(loss: str | dict[str, float]) -> bool:
     """Everything but the task loss does."""
-    return set([loss] if isinstance(loss, str) else loss) != {"task"}
+    return names_of(loss) != {"task"}
+
+
+def names_of(loss: str | dict[str, float]) -> set[str]:
+    """Those that a loss is made of."""
+    return {loss} if isinstance(loss, str) else set(loss)
 
 
 def _distill(output: Any) -> str:

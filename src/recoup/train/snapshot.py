@@ -32,7 +32,7 @@ def write_snapshot(folder: Path, parts: Parts, facts: Mapping[str, Any]) -> None
 
     Args:
         folder: its place.
-        parts: name of a file -> its tensors. No two of them may share memory.
+        parts: name of a file -> its tensors.
         facts: plain data, as JSON holds it.
 
     Raises:
@@ -43,7 +43,7 @@ def write_snapshot(folder: Path, parts: Parts, facts: Mapping[str, Any]) -> None
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         for name, tensors in parts.items():
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, _file(draft, name))
+            save_file(_apart(tensors), _file(draft, name))
         checksums = {name: _sha256(_file(draft, name)) for name in parts}
         content = json.dumps({"files": checksums, "facts": facts})
         (draft / FACTS).write_text(f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}\n", "utf-8")
@@ -105,6 +105,32 @@ def _owners(model: nn.Module) -> dict[str, str]:
     return {
         name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()
     }
+
+
+def check_state(model: nn.Module) -> None:
+    """A model whose state is tensors, so that it can be kept and put back.
+
+    Raises:
+        ValueError: some of it is not.
+    """
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name}: state of type {type(value).__name__} cannot be kept beside tensors; let its "
+                "module return a tensor from get_extra_state"
+            )
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, and each with memory of its own: safetensors writes no views."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        apart[name] = whole.clone() if memory in seen else whole
+        seen.add(memory)
+    return apart
 
 
 def _file(folder: Path, part: str) -> Path:

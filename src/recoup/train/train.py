@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, FakeQuantizer, device_of, moved, quantization_off
+from recoup.nn import Batch, device_of, moved, quantization_off
 from recoup.progress import progress
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.activations import activations_recomputed
@@ -27,10 +27,12 @@ from recoup.train.checkpoints import Checkpoints
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError, first_nonfinite_gradient, first_nonfinite_module
 from recoup.train.interrupt import interrupt_waits
+from recoup.train.losses import names_of
 from recoup.train.objective import Objective, float_copy
 from recoup.train.param_groups import param_groups
 from recoup.train.rng import rng_state, set_rng_state
-from recoup.train.snapshot import load_state_of, state_of
+from recoup.train.snapshot import check_state, load_state_of, state_of
+from recoup.train.trainable import check_trainable
 
 Record = Callable[[Mapping[str, float]], None]
 
@@ -64,9 +66,9 @@ def train(
             that training knows is saved there; the same call goes on from it, to the same bits.
 
     Raises:
-        ValueError: the model is not prepared, has parameters that are not float32, or returns nothing
-            that the loss could use; no batches; early stop without held-out batches; checkpoints of
-            another training.
+        ValueError: the model is not prepared, has parameters that are not float32 or state that is no
+            tensor, or returns nothing that the loss could use; no batches; early stop without held-out
+            batches; checkpoints of another training.
         NonFiniteLossError: the loss or a gradient is not finite; names the first place with such a value.
         OSError: a checkpoint cannot be written; those before it are kept.
     """
@@ -74,6 +76,7 @@ def train(
 
     settings = settings or TrainSettings()
     check_trainable(model)
+    check_state(model)
     _check_batches(batches, settings, held_out)
     # Unless told that it runs on the CPU, accelerate takes the processes of torchrun for so many single ones.
     accelerator = Accelerator(
@@ -86,7 +89,7 @@ def train(
     try:
         objective = Objective(settings, teacher, accelerator.device, batches[0])
         training = _Training(model, batches, settings, objective, held_out, accelerator)
-        model.train("task" in ([settings.loss] if isinstance(settings.loss, str) else settings.loss))
+        model.train("task" in names_of(settings.loss))
         with activations_recomputed(model) if settings.activation_checkpointing else nullcontext():
             if checkpoints is None:
                 training.run(record, None)
@@ -141,13 +144,15 @@ class _Training:
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.share = warmup_cosine(settings.steps, settings.warmup)
         self.wrapped, self.stepper = accelerator.prepare(model, self.optimizer)
-        self.best = Best(model, objective, held_out, settings.early_stop)
+        self.best = Best(model, objective, held_out, settings)
         self.step = 0
         self.history: list[dict[str, float]] = []
 
     def run(self, record: Record, checkpoints: Checkpoints | None) -> None:
         """From the newest checkpoint, or from the start, to the last step; then back to the best one."""
-        saved = None if checkpoints is None else checkpoints.newest()
+        saved = (
+            None if checkpoints is None else checkpoints.newest(quiet=not self.accelerator.is_main_process)
+        )
         if saved is None:
             self._tell({"step": 0, **self.best.look(0)}, record)
         else:
@@ -278,28 +283,6 @@ def _identity(
         "batches": fingerprint(batches[index] for index in range(len(batches))),
         "held-out batches": fingerprint(held_out[index] for index in range(len(held_out))),
     }
-
-
-def check_trainable(model: nn.Module) -> None:
-    """A model that can be trained under fake quantization.
-
-    Raises:
-        ValueError: it is not prepared, not calibrated, or has parameters to train that are not float32.
-    """
-    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
-    if not quantizers:
-        raise ValueError("nothing to train under: the model is not prepared; run recoup.prepare first")
-    for quantizer in quantizers:
-        if not quantizer.calibrated:
-            raise ValueError(
-                f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) first"
-            )
-    low = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-    if low:
-        raise ValueError(
-            f"{low[0]} and {len(low) - 1} more parameters are not float32; training needs float32 master "
-            "weights: call model.float() before recoup.prepare"
-        )
 
 
 def _check_batches(batches: Sequence[Batch], settings: TrainSettings, held_out: Sequence[Batch]) -> None:

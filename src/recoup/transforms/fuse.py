@@ -9,7 +9,7 @@ Which layer stands right before a norm is seen by running the model, not by name
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -52,7 +52,8 @@ def fuse(model: nn.Module, example: Batch) -> nn.Module:
 
     A norm is folded when its input is the very tensor that an nn.Conv1d, nn.Conv2d or nn.Linear returned and
     each of the two runs once. It becomes an nn.Identity; the layer keeps its weight as the same Parameter,
-    and gets a bias if it had none. Every other norm stays. A model without BatchNorm is not even run.
+    and gets a bias if it had none. Every other norm stays, and all do where the model returns no tensors to
+    compare. A model without BatchNorm is not even run.
     Never changes what the model computes in evaluation, nor which modules are in training mode.
 
     Args:
@@ -76,6 +77,8 @@ def fuse(model: nn.Module, example: Batch) -> nn.Module:
         if not pairs:
             return model
         before = call(model, example)
+        if not any(True for _ in _tensors(before)):
+            return model
         with _shaken(pairs):
             allowed = 3 * _difference(before, call(model, example))  # 3 as in docs/decisions/0008
 
@@ -126,7 +129,7 @@ def _pairs(model: nn.Module, example: Batch) -> list[_Pair]:
         if type(module) in _AXES
         else module.register_forward_pre_hook(before, with_kwargs=True)
         for module in model.modules()
-        if type(module) in _AXES or (isinstance(module, _NORMS) and module.running_mean is not None)
+        if _holds_its_own(module) or (isinstance(module, _NORMS) and module.running_mean is not None)
     ]
     try:
         call(model, example)
@@ -140,6 +143,13 @@ def _pairs(model: nn.Module, example: Batch) -> list[_Pair]:
         for layer, norm in followers
         if runs[layer] == runs[norm] == readers[layer] == 1
     ]
+
+
+def _holds_its_own(module: nn.Module) -> bool:
+    """A layer with weight and bias to fold into; one that is pruned computes them anew from others."""
+    if type(module) not in _AXES:
+        return False
+    return isinstance(module.weight, nn.Parameter) and isinstance(module.bias, (nn.Parameter, type(None)))
 
 
 def _fold(model: nn.Module, pair: _Pair, *, training: bool) -> Callable[[], None]:
@@ -218,3 +228,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (Mapping, list, tuple)):
         for value in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(value)
+    elif is_dataclass(output):
+        for field in fields(output):
+            yield from _tensors(getattr(output, field.name))

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
 
+_DROP_PATHS = ("StochasticDepth", "DropPath")  # torchvision's, and what timm and transformers have
+
 
 @contextmanager
 def evaluation(model: nn.Module) -> Generator[None]:
@@ -17,7 +19,9 @@ def evaluation(model: nn.Module) -> Generator[None]:
     model: a BatchNorm is caught before it moves its statistics.
 
     Raises:
-        ValueError: from within the model's call: a BatchNorm, or a Dropout with p > 0, runs in training mode.
+        ValueError: from within the model's call: in training mode runs a BatchNorm, or what drops values or
+            draws them at random: by its type, or by a float of its own with "drop" in its name that is
+            above 0, as the modules have that call `torch.nn.functional.dropout` themselves.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
@@ -30,9 +34,9 @@ def evaluation(model: nn.Module) -> Generator[None]:
     call model.eval() in evaluate
     """
     handles = [
-        module.register_forward_pre_hook(_refusal(name, module))
+        module.register_forward_pre_hook(_refusal(name, why))
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
+        if (why := _reason(module)) is not None
     ]
     try:
         yield
@@ -41,13 +45,24 @@ def evaluation(model: nn.Module) -> Generator[None]:
             handle.remove()
 
 
-def _refusal(name: str, module: nn.Module) -> Any:
-    why = (
-        "its statistics come from the test batches and are moved by them"
-        if isinstance(module, _BatchNorm)
-        else "it drops values at random from what is measured"
-    )
+def _reason(module: nn.Module) -> str | None:
+    """Why a module must not run in training mode; None where it may."""
+    if isinstance(module, _BatchNorm):
+        return "its statistics come from the test batches and are moved by them"
+    if isinstance(module, nn.RReLU):
+        return "it draws its slopes at random in what is measured"
+    return "it drops values at random from what is measured" if _drops(module) else None
 
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    whole = type(module).__name__ in _DROP_PATHS  # these call their share by many names
+    shares = [value for name, value in vars(module).items() if whole or "drop" in name]
+    return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def _refusal(name: str, why: str) -> Any:
     def refuse(running: nn.Module, _: tuple[Any, ...]) -> None:
         if running.training:
             raise ValueError(
