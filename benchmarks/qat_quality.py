@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
 
-    work = HERE / "work"
+    work = HERE / "scratch"
     model, tokens = prepare(work, asked.steps)
     pythons = {"recoup": sys.executable, "float": sys.executable, "torchao": environment(work, "torchao")}
     file = RESULTS / "qat_quality.json"
