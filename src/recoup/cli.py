@@ -8,9 +8,9 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"passed": 0, "failed": 1, "undecided": 3}
 WRONG_INPUT, BUG, INTERRUPTED = 2, 70, 130
+
+RecipeFile = Annotated[Path, Parameter(help="A YAML file; see docs/recipe.md.")]
+RunFolder = Annotated[
+    Path | None, Parameter(help="The folder of the run. Default: runs/ and the name of the recipe.")
+]
 
 app = App(
     name="recoup",
@@ -35,15 +40,10 @@ app = App(
 
 
 @app.command
-def explain(recipe: Path) -> int:
+def explain(recipe: RecipeFile) -> int:
     """Show what would happen to every parameter of the recipe's model. Changes nothing.
 
     Example: recoup explain recipes/demo.yaml
-
-    Parameters
-    ----------
-    recipe
-        A YAML file; see docs/recipe.md.
     """
     from recoup import Recipe, tasks
     from recoup import explain as account
@@ -56,81 +56,46 @@ def explain(recipe: Path) -> int:
 
 
 @app.command
-def run(recipe: Path, *, to: Path | None = None) -> int:
+def run(recipe: RecipeFile, *, to: RunFolder = None) -> int:
     """Climb the ladder: the cheapest rung that keeps the quality, exported and measured again.
 
     Example: recoup run recipes/demo.yaml
-
-    Parameters
-    ----------
-    recipe
-        A YAML file; see docs/recipe.md.
-    to
-        The folder of the run. Default: runs/ and the name of the recipe.
     """
     return _go(recipe, to, None)
 
 
 @app.command
-def ptq(recipe: Path, *, to: Path | None = None) -> int:
+def ptq(recipe: RecipeFile, *, to: RunFolder = None) -> int:
     """Measure the float model, and climb the rungs that only calibrate.
 
     Example: recoup ptq recipes/demo.yaml
-
-    Parameters
-    ----------
-    recipe
-        A YAML file; see docs/recipe.md.
-    to
-        The folder of the run. Default: runs/ and the name of the recipe.
     """
     return _go(recipe, to, "ptq")
 
 
 @app.command
-def qat(recipe: Path, *, to: Path | None = None) -> int:
+def qat(recipe: RecipeFile, *, to: RunFolder = None) -> int:
     """Go on with quantization-aware training, unless a rung before it passed; with ptq first.
 
     Example: recoup qat recipes/demo.yaml
-
-    Parameters
-    ----------
-    recipe
-        A YAML file; see docs/recipe.md.
-    to
-        The folder of the run. Default: runs/ and the name of the recipe.
     """
     return _go(recipe, to, "qat")
 
 
 @app.command
-def export(recipe: Path, *, to: Path | None = None) -> int:
+def export(recipe: RecipeFile, *, to: RunFolder = None) -> int:
     """Write the artefact of the best rung so far, whatever its outcome, and compare it code for code.
 
     Example: recoup export recipes/demo.yaml
-
-    Parameters
-    ----------
-    recipe
-        A YAML file; see docs/recipe.md.
-    to
-        The folder of the run. Default: runs/ and the name of the recipe.
     """
     return _go(recipe, to, "export")
 
 
 @app.command
-def validate(recipe: Path, *, to: Path | None = None) -> int:
+def validate(recipe: RecipeFile, *, to: RunFolder = None) -> int:
     """Measure the exported artefact, ask the gates, and write the report.
 
     Example: recoup validate recipes/demo.yaml
-
-    Parameters
-    ----------
-    recipe
-        A YAML file; see docs/recipe.md.
-    to
-        The folder of the run. Default: runs/ and the name of the recipe.
     """
     return _go(recipe, to, "validate")
 

@@ -42,7 +42,7 @@ def load(folder: Path) -> nn.Module:
         raise ValueError(
             f"{file}: transformers has no class {architecture}; write the folder again, or update"
         )
-    with quiet():
+    with silent():
         model, loaded = getattr(transformers, architecture).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
@@ -60,16 +60,25 @@ def size_bytes(folder: Path) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """No bars and no advice from transformers and compressed-tensors inside; errors are raised as ever."""
+    """Transformers without its bars and tables inside; only errors are logged. As it was after."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # one of the two cannot be told to draw no bars
-            yield
+        yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def silent() -> Generator[None]:
+    """`quiet`, and nothing on stderr: compressed-tensors cannot be told to draw no bars. Errors are raised."""
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _complete(folder: Path, loaded: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.engines.transformers import quiet
+from recoup.engines.transformers import silent
 from recoup.export import compressed_tensors_config as schema
 from recoup.export.fused import check_fused
 from recoup.nn import CodedLinear, FakeQuantizer
@@ -85,10 +85,10 @@ def write(model: nn.Module, folder: Path, example: object) -> None:
     del example
     saved: Any = model
     if not any(isinstance(module, CodedLinear) for module in model.modules()):
-        with quiet():
+        with silent():
             saved.save_pretrained(folder)
         return
-    with quiet():
+    with silent():
         saved.save_pretrained(folder, state_dict=state_dict(model))
     file = folder / "config.json"
     config = json.loads(file.read_text())

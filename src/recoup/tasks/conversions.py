@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recoup.engines.transformers import quiet
 from recoup.progress import busy, watched
-from recoup.tasks.quiet import quiet
 
 
 def copied(package: Path, to: Path, *, under: str, names: Sequence[str]) -> None:

@@ -30,13 +30,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from recoup.engines.transformers import quiet
 from recoup.progress import watched
 from recoup.schemes import Recipe, parse
 from recoup.tasks.assets import locate
 from recoup.tasks.custom import entry_point
 from recoup.tasks.images import Batches, Picture, Preprocessing, opened, read, some, without
 from recoup.tasks.pretrained import check, files_of, load_image_classifier, model_folder
-from recoup.tasks.quiet import quiet
 from recoup.tasks.task import Batch, Task, asking, sha256_of, too_few
 from recoup.validate import Samples
 

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from recoup.engines.transformers import quiet
 from recoup.tasks.assets import PREFIX, locate
-from recoup.tasks.quiet import quiet
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # never pickle
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "*.bpe.model", "spiece.model")
