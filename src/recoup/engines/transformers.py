@@ -76,7 +76,7 @@ def quiet() -> Generator[None]:
 
 @contextlib.contextmanager
 def silent() -> Generator[None]:
-    """`quiet`, and nothing on stderr: compressed-tensors cannot be told to draw no bars. Errors are raised."""
+    """`quiet`, and nothing on stderr: compressed-tensors cannot be told to draw no bars."""
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         yield
 

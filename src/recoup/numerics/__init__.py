@@ -1,9 +1,10 @@
 """What a number is: formats, granularities, scales, and the rounding between them.
 
 Pure functions on 2-D tensors; this room imports torch and nothing of recoup. Read `formats.py`,
-`granularity.py`, `scale_rules.py`, `spec.py` and `quantize.py`, in that order.
+`granularity.py`, `scale_rules.py`, `spec.py`, `quantize.py` and `fake_quantize.py`, in that order.
 """
 
+from recoup.numerics.fake_quantize import fake_quantize
 from recoup.numerics.formats import (
     BFLOAT16,
     E2M1,
@@ -33,7 +34,6 @@ from recoup.numerics.quantize import (
     choose_global_scale,
     choose_qparams,
     dequantize,
-    fake_quantize,
     qparams_of,
     quantize,
 )
