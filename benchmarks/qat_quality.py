@@ -17,16 +17,13 @@ measured again: remove results/qat_quality.json, or the cell in it, to repeat it
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cells import RESULTS, SCRATCH, Job, measured, python_of
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 FORMATS = ("int4", "int3", "int2", "mxfp4", "nvfp4")
 TOOLS = ("recoup", "torchao")
 TRAIN_WINDOW, TEST_WINDOW, TEST_WINDOWS = 256, 512, 24
@@ -43,6 +40,8 @@ RECOUP = {
     "settings": {"loss": "task", "scale_learning_rate": 2e-4},
     "gptq samples": 24,
 }
+# glibc would hand the memory of every large tensor back to the kernel, and pay for its pages again.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def main() -> None:
@@ -54,31 +53,31 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
 
-    work = HERE / "scratch"
-    model, tokens = prepare(work, asked.steps)
-    pythons = {"recoup": sys.executable, "float": sys.executable, "torchao": environment(work, "torchao")}
-    file = RESULTS / "qat_quality.json"
-    done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    done["machine"] = machine(asked.threads)
-    cells = done.setdefault("cells", {})
+    model, tokens = prepare(SCRATCH, asked.steps)
+    pythons = {"recoup": sys.executable, "float": sys.executable, "torchao": python_of("torchao")}
+    jobs: dict[str, tuple[str, Job]] = {}
     for tool, format_ in [("float", "float32"), *((t, f) for f in asked.formats for t in asked.tools)]:
         name = f"{tool} {format_}, {asked.steps} steps, learning rate {asked.learning_rate:g}"
-        if "trained" in cells.get(name, {}):
-            continue
-        job = {
-            "tool": tool,
-            "format": format_,
-            "steps": asked.steps,
-            "learning_rate": asked.learning_rate,
-            "threads": asked.threads,
-            "model": str(model),
-            "tokens": str(tokens),
-            **(RECOUP if tool == "recoup" else {}),
-        }
-        print(name, file=sys.stderr, flush=True)
-        cells[name] = run(pythons[tool], job)
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(done, indent=1) + "\n")
+        jobs[name] = (
+            pythons[tool],
+            {
+                "tool": tool,
+                "format": format_,
+                "steps": asked.steps,
+                "learning_rate": asked.learning_rate,
+                "threads": asked.threads,
+                "model": str(model),
+                "tokens": str(tokens),
+                **(RECOUP if tool == "recoup" else {}),
+            },
+        )
+    cells = measured(
+        RESULTS / "qat_quality.json",
+        "qat_quality_job.py",
+        jobs,
+        threads=asked.threads,
+        environment=KEEP_MEMORY,
+    )
     table = recovered(cells, asked.steps, asked.learning_rate)
     print(as_text(table))
     draw(table, RESULTS / "qat_quality.svg", f"{asked.steps} steps of 2 x 256 tokens")
@@ -108,35 +107,6 @@ def prepare(work: Path, steps: int) -> tuple[Path, Path]:
         work.mkdir(exist_ok=True)
         np.savez(tokens, train=train[chosen].reshape(steps, 2, -1), test=test[spread])
     return model, tokens
-
-
-def environment(work: Path, peer: str) -> str:
-    """The Python of a peer's own environment, made where it does not exist."""
-    folder = work / f"venv-{peer}"
-    python, stamp = folder / "bin" / "python", folder / "complete"
-    if not stamp.exists():
-        print(f"making an environment for {peer}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        requirements = HERE / "peers" / f"{peer}.txt"
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements], check=True)
-        stamp.touch()
-    return str(python)
-
-
-def run(python: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What one cell measured, or the last line of the error that it ended with."""
-    # glibc would hand the memory of every large tensor back to the kernel, and pay for its pages again.
-    settings = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-    done = subprocess.run(
-        [python, HERE / "qat_quality_job.py", json.dumps(job)],
-        capture_output=True, text=True, env=os.environ | settings, check=False,
-    )  # fmt: skip
-    places = {"model", "tokens"}
-    if done.returncode:
-        error = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"  failed: {error}", file=sys.stderr, flush=True)
-        return {k: v for k, v in job.items() if k not in places} | {"error": error}
-    return {k: v for k, v in json.loads(done.stdout.splitlines()[-1]).items() if k not in places}
 
 
 def recovered(cells: dict[str, Any], steps: int, learning_rate: float) -> list[dict[str, Any]]:
@@ -217,20 +187,6 @@ def draw(rows: list[dict[str, Any]], file: Path, title: str) -> None:
         axes.spines[side].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
-
-
-def machine(threads: int) -> dict[str, str]:
-    """Where this was measured."""
-    described = Path("/proc/cpuinfo").read_text()
-    names = [line.partition(":")[2].strip() for line in described.splitlines() if "model name" in line]
-    simd = next((name for name in ("avx512_vnni", "avx512f", "avx2") if name in described), "none")
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": str(os.cpu_count()),
-        "threads": str(threads),
-        "widest vector instructions": simd,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from recoup.nn import Batch, call
 from recoup.numerics import IntFormat, per_tensor
 from recoup.schemes import PRESETS, Recipe, Scheme
 
-WIDTH = 128  # the blocks of fp8-block are 128 x 128, the largest of all presets
+WIDTH = 256  # the blocks of tq2_0, the longest of all presets
 WORDS = 16
 
 
@@ -181,7 +181,9 @@ def no_scales_per_token(first: str) -> Callable[[Scheme], str | None]:
 
     def refused(scheme: Scheme) -> str | None:
         per = {"w4a8-ort": "g32", "w2a8-ort": "g32", "fp8-block": "g128", "nvfp4": "g16"}
-        per |= dict.fromkeys(("mxfp8", "mxfp6", "mxfp4"), "g32")
+        per |= dict.fromkeys(("mxfp8", "mxfp6", "mxfp4", "mxint8"), "g32")
+        per |= dict.fromkeys(("nvfp4-2d", "nvfp4-4over6"), "g16")
+        per |= dict.fromkeys(("q8_0", "q4_0", "q4_1", "mxfp4-gguf"), "g32") | {"tq2_0": "g256"}
         per |= dict.fromkeys(("w2a8", "w3a8", "w4a8", "w4afp8", "w8a8", "fp8"), "row")
         if scheme.name not in per:
             return None
@@ -197,10 +199,12 @@ def no_groups_either(first: str, columns: int) -> Callable[[Scheme], str | None]
     """What convolutions refuse whose sums are too short for groups."""
 
     def refused(scheme: Scheme) -> str | None:
-        size = {"nvfp4a16": 16}.get(scheme.name, 32)
+        size = {"nvfp4a16": 16, "nf4": 64}.get(scheme.name, 32)
         if message := no_scales_per_token(first)(scheme):
             return message
         if scheme.name in ("w8a8-static", "w8a8-ort", "w8a8-ort-static", "fp8-static"):
+            return None
+        if scheme.name.endswith("-seq"):
             return None
         return f"{first}: {columns} columns cannot be cut into groups of {size}; use per_channel"
 

@@ -4,6 +4,7 @@
 (`explain.py` prints that account). `prepare` carries it out, in place.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn import Codes, FakeQuantizer, is_prepared, quant_type
-from recoup.numerics import per_tensor
+from recoup.numerics import kernels, per_tensor
 from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
 
+_log = logging.getLogger("recoup")
 # The last layer, by the names that libraries give it: most sensitive, and least worth quantizing.
 HEADS = frozenset(
     {"lm_head", "head", "classifier", "score", "cls", "qa_outputs", "embed_out", "output_projection"}
@@ -82,7 +84,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     return plan
 
 
-def prepare(model: nn.Module, plan: Plan) -> nn.Module:
+def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> nn.Module:
     """Put the quantized twins in place of the modules that the plan names; in place, returns the model.
 
     Weights are calibrated by min and max at once; inputs with static ranges wait for `calibrate`.
@@ -90,13 +92,22 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
     them; modules with one weight get one quantizer for it, whose learned scales train once. To resume,
     prepare a fresh model and `load_state_dict` strictly.
 
+    Args:
+        model: a float model.
+        plan: what `resolve` found for it.
+        impl: how fake quantization is computed; the values are the same to the bit. "reference" is the
+            specification in eager torch; "fused" keeps a byte for a value, in torch's own operations;
+            "compiled" has kernels made for it, by a C++ compiler or Triton. "auto" chooses, and logs which
+            and why (logger "recoup", level INFO).
+
     Raises:
         ValueError: the plan names a module that the model lacks or that is prepared already, does not fit
-            the model, a weight is not finite, or torch would run the layer around a module without asking
-            it; the model is then as it was.
+            the model, a weight is not finite, torch would run the layer around a module without asking it,
+            or compiled kernels are asked where they cannot be made; the model is then as it was.
     """
     modules = dict(model.named_modules())
     _no_fast_path(modules, plan)
+    chosen = _chosen(impl, [modules[name] for name in plan.modules if name in modules])
     twins: dict[nn.Module, nn.Module] = {}
     quantizers: dict[Tensor, FakeQuantizer] = {}
     for name in plan.modules:
@@ -118,7 +129,19 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in twins:
             model.set_submodule(name, twins[module])
+    for quantizer in (module for twin in twins.values() for module in twin.modules()):
+        if isinstance(quantizer, FakeQuantizer):
+            quantizer.impl = chosen
     return model
+
+
+def _chosen(asked: kernels.Choice, modules: list[nn.Module]) -> kernels.Impl:
+    """The implementation for these modules' weights, logged with the reason."""
+    weights = {weight for module in modules if isinstance(weight := getattr(module, "weight", None), Tensor)}
+    device = next(iter(weights)).device if weights else torch.device("cpu")
+    chosen, why = kernels.choose(asked, device, sum(weight.numel() for weight in weights))
+    _log.info("fake quantization: %s (%s)", chosen, why)
+    return chosen
 
 
 def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, list[str]]) -> Scheme | str:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import recoup
 from recoup.nn import (
     QUANT_MODULES,
+    Codes,
     FakeQuantizer,
+    NonFiniteError,
     QuantEmbedding,
     QuantLinear,
     call,
@@ -86,7 +88,9 @@ def test_gradients_reach_the_weight_the_bias_the_input_and_only_learned_scales(
     x = torch.randn(3, WIDTH, requires_grad=True)
     seen(module, x.detach())(x).square().sum().backward()
     leaves = {"x": x, **dict(module.named_parameters())}
-    scales = {"weight_quantizer.scale"} if ranges == "learned" else set()
+    scales = {f"weight_quantizer.{name}" for name, _ in module.weight_quantizer.named_parameters()}
+    assert ("weight_quantizer.scale" in scales) == (ranges == "learned")
+    assert ("weight_quantizer.offset" in scales) == (ranges == "learned" and not scheme.weights.symmetric)
     assert set(leaves) == {"x", "weight", "bias"} | scales
     for leaf in leaves.values():
         assert leaf.grad.isfinite().all()
@@ -125,7 +129,7 @@ def test_every_tensor_of_state_has_its_final_shape_from_the_start(scheme: Scheme
 @every_scheme
 def test_it_is_where_the_float_module_is(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     # No second device is at hand everywhere; "meta" has no values, so none are looked at.
-    monkeypatch.setattr(FakeQuantizer, "set_range", lambda *_: None)
+    monkeypatch.setattr(FakeQuantizer, "fit", lambda *_: None)
     module = QuantLinear.from_float(nn.Linear(WIDTH, WIDTH, device="meta"), scheme, "layer")
     assert {state.device.type for state in module.state_dict().values()} == {"meta"}
 
@@ -187,6 +191,63 @@ def test_a_range_must_be_finite(value: float) -> None:
         module.input_quantizer.set_range(torch.tensor([[value]]), torch.tensor([[value]]))
     assert not module.input_quantizer.calibrated
     assert all(state.isnan().all() for state in before.values())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@every_scheme
+def test_what_is_not_finite_is_an_error_that_names_the_tensor(scheme: Scheme, value: float) -> None:
+    x = torch.randn(3, WIDTH)
+    module = seen(linear(scheme), x)
+    message = "holds NaN or infinity, which has no code; look for where it comes from before this"
+    if scheme.inputs is not None:
+        bad = x.clone()
+        bad[1, 2] = value
+        with pytest.raises(NonFiniteError, match=rf"^layer\.input: {message}$"):
+            module(bad)
+    module.weight.data[1, 2] = value
+    with pytest.raises(NonFiniteError, match=rf"^layer\.weight: {message}$") as error:
+        module(x)
+    assert error.value.tensor == "layer.weight"
+    with quantization_off(module):
+        module(x)
+
+
+@every_scheme
+def test_learned_state_comes_back(scheme: Scheme) -> None:
+    learned = replace(scheme, weights=replace(scheme.weights, ranges="learned"))
+    module, other = linear(learned), linear(learned)
+    with torch.no_grad():
+        for parameter in module.weight_quantizer.parameters():
+            parameter.mul_(1.1)
+    other.load_state_dict(module.state_dict(), strict=True)
+    x = seen_twice(module, other)
+    assert torch.equal(other(x), module(x))
+    names = {name for name, _ in module.weight_quantizer.named_parameters()}
+    assert names == {"scale"} | ({"offset"} if not scheme.weights.symmetric else set())
+    codes = Codes(module)
+    assert torch.equal(codes.decode(), module.weight_quantizer(module.weight))
+    if codes.zero_point is not None:
+        assert codes.zero_point.dtype == torch.int32
+
+
+def seen_twice(*modules: QuantLinear) -> torch.Tensor:
+    x = torch.randn(3, WIDTH)
+    for module in modules:
+        seen(module, x)
+    return x
+
+
+def test_a_rule_that_needs_values_takes_no_range() -> None:
+    module = linear(PRESETS["nvfp4-4over6"])
+    lo, hi = extrema(module.weight, module.weight_quantizer.spec.granularity)
+    with pytest.raises(
+        ValueError,
+        match=r"^layer\.weight: four-over-six chooses scales by a block's values, and here are only",
+    ):
+        module.weight_quantizer.set_range(lo, hi)
+    before = module.weight_quantizer.scale.clone()
+    module.weight_quantizer.fit(module.weight)
+    assert torch.equal(module.weight_quantizer.scale, before)
 
 
 def test_the_table_names_types_and_every_twin_knows_how_to_be_one() -> None:

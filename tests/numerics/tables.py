@@ -17,6 +17,7 @@ from gfloat import formats as known
 
 from recoup.numerics import (
     BFLOAT16,
+    BINARY,
     E2M1,
     E2M3,
     E3M2,
@@ -24,11 +25,20 @@ from recoup.numerics import (
     E5M2,
     E8M0,
     FLOAT16,
+    FLOAT32,
+    MXINT8,
+    NF4,
+    STRETCHED,
+    TERNARY,
+    ElementFormat,
+    FixedFormat,
     FloatFormat,
     Granularity,
     IntFormat,
+    LevelFormat,
     QuantSpec,
     ScaleRule,
+    StretchedFormat,
     per_block,
     per_channel,
     per_group,
@@ -67,37 +77,25 @@ def by_hand(grid: FloatFormat) -> FormatInfo:
     )
 
 
-_UNLISTED = (
-    FloatFormat(1, 2),
-    FloatFormat(1, 2, specials="ieee"),
-    FloatFormat(2, 5),
-    FloatFormat(3, 1),
-    FloatFormat(3, 2, specials="nan"),
-    FloatFormat(3, 4),
-    FloatFormat(4, 2),
-    FloatFormat(4, 3),
-    FloatFormat(5, 2),
-    FloatFormat(5, 2, specials="nan"),
-    FloatFormat(5, 3, specials="ieee"),
-    FloatFormat(6, 1, specials="nan"),
+# Every format of at most 8 bits that can be made by hand, but for those with no number above 0.
+BY_HAND = tuple(
+    FloatFormat(exponent_bits, mantissa_bits, specials=specials)
+    for exponent_bits in range(1, 8)
+    for mantissa_bits in range(8 - exponent_bits)
+    for specials in ("none", "nan", "ieee")
+    if (exponent_bits, mantissa_bits, specials) not in ((1, 0, "nan"), (1, 0, "ieee"))
 )
+_E4M3_IEEE, _E3M4_IEEE = FloatFormat(4, 3, specials="ieee"), FloatFormat(3, 4, specials="ieee")
+_LISTED = (E2M1, E2M3, E3M2, E4M3, E5M2, _E4M3_IEEE, _E3M4_IEEE)
 FLOATS = (
     FloatRow(E2M1, known.format_info_ocp_e2m1, ml_dtypes.float4_e2m1fn),
     FloatRow(E2M3, known.format_info_ocp_e2m3, ml_dtypes.float6_e2m3fn),
     FloatRow(E3M2, known.format_info_ocp_e3m2, ml_dtypes.float6_e3m2fn),
     FloatRow(E4M3, known.format_info_ocp_e4m3, ml_dtypes.float8_e4m3fn),
     FloatRow(E5M2, known.format_info_ocp_e5m2, ml_dtypes.float8_e5m2),
-    FloatRow(
-        FloatFormat(4, 3, specials="ieee"),
-        by_hand(FloatFormat(4, 3, specials="ieee")),
-        ml_dtypes.float8_e4m3,
-    ),
-    FloatRow(
-        FloatFormat(3, 4, specials="ieee"),
-        by_hand(FloatFormat(3, 4, specials="ieee")),
-        ml_dtypes.float8_e3m4,
-    ),
-    *(FloatRow(grid, by_hand(grid)) for grid in _UNLISTED),
+    FloatRow(_E4M3_IEEE, by_hand(_E4M3_IEEE), ml_dtypes.float8_e4m3),
+    FloatRow(_E3M4_IEEE, by_hand(_E3M4_IEEE), ml_dtypes.float8_e3m4),
+    *(FloatRow(grid, by_hand(grid)) for grid in BY_HAND if grid not in _LISTED),
     FloatRow(FLOAT16, known.format_info_binary16, np.float16),
     FloatRow(BFLOAT16, known.format_info_bfloat16, ml_dtypes.bfloat16),
 )
@@ -108,6 +106,9 @@ INTS = tuple(
     for bits in range(2, 9)
     for signed, narrow in ((True, False), (True, True), (False, False))
 )
+FIXED = (MXINT8, FixedFormat(8, 6, narrow=True), FixedFormat(8, 1), FixedFormat(4, 3), FixedFormat(2, 1))
+UNEVEN = LevelFormat("uneven", (-2.5, -1.0, 0.0, 0.1, 4.0), ties="up")
+LEVELS = (NF4, BINARY, TERNARY, STRETCHED, StretchedFormat(5), StretchedFormat(16), UNEVEN)
 
 
 def name_of(row: Any) -> str:
@@ -115,7 +116,7 @@ def name_of(row: Any) -> str:
     match row:
         case FloatRow():
             return f"{row.grid.name}-{row.grid.specials}"
-        case IntFormat():
+        case IntFormat() | FixedFormat():
             return row.name + "-narrow" * row.narrow
         case QuantSpec():
             stored = row.scale_format.name + "-global" * row.global_scale
@@ -184,18 +185,64 @@ def _specs() -> Iterator[QuantSpec]:
     yield _spec(E2M1, per_group(16), "narrow", scale_format=E4M3, global_scale=True)  # NVFP4
     yield _spec(IntFormat(4), per_group(16), "narrow", scale_format=E4M3, global_scale=True)
     yield _spec(E2M1, per_block(4, 16), "narrow", scale_format=E4M3, global_scale=True)
+    yield from _specs_of_levels()
+    yield from _specs_with_offsets()
+    for granularity in (per_group(16), per_block(4, 16)):
+        for global_scale in (True, False):
+            fields = {"scale_format": E4M3, "global_scale": global_scale}
+            yield _spec(E2M1, granularity, "four-over-six", **fields)
+    for grid in FIXED:
+        yield _spec(grid, per_group(4), "narrow")
+    for rule in _MX:
+        yield _spec(MXINT8, per_group(32), rule, scale_format=E8M0)
+    # GGUF: Q8_0, Q4_0, TQ2_0 (whose block of 256 has 64 values here), Q8_K
+    yield _spec(IntFormat(8, narrow=True), per_group(32), "narrow", scale_format=FLOAT16)
+    yield _spec(IntFormat(4), per_group(32), "signed-max", scale_format=FLOAT16)
+    yield _spec(IntFormat(2, narrow=True), per_group(64), "narrow", scale_format=FLOAT16)
+    yield _spec(IntFormat(8, narrow=True), per_group(64), "signed-max")
+
+
+def _specs_of_levels() -> Iterator[QuantSpec]:
+    for grid in LEVELS:
+        for rule in ("amax", "mean"):
+            yield _spec(grid, per_group(16), rule)
+        yield _spec(grid, per_channel, "narrow", scale_format=FLOAT16)
+    yield _spec(NF4, per_group(32), "even", scale_format=E8M0)
+    yield _spec(TERNARY, per_block(2, 8), "amax", scale_format=BFLOAT16)
+    yield _spec(IntFormat(3), per_group(16), "mean")
+
+
+def _specs_with_offsets() -> Iterator[QuantSpec]:
+    for grid in (IntFormat(4, signed=False), IntFormat(4), IntFormat(2), E2M1, NF4, MXINT8):
+        for stored in (FLOAT16, FLOAT32):
+            yield _spec(grid, per_group(32), "min-max", scale_format=stored)
+    yield _spec(IntFormat(8, signed=False), per_tensor, "min-max")
 
 
 SPECS = tuple(_specs())
 NVFP4 = next(spec for spec in SPECS if spec.global_scale)
 
 
-def numbers_of(grid: IntFormat | FloatFormat) -> torch.Tensor:
+def numbers_of(grid: ElementFormat) -> torch.Tensor:
     """Every value of an element format, ascending, without asking the format to decode anything."""
-    if isinstance(grid, IntFormat):
-        top = 2 ** (grid.bits - grid.signed)
-        return torch.arange(-top + grid.narrow if grid.signed else 0, top).float()
-    return torch.tensor(FloatRow(grid, by_hand(grid)).numbers)
+    match grid:
+        case IntFormat():
+            top = 2 ** (grid.bits - grid.signed)
+            return torch.arange(-top + grid.narrow if grid.signed else 0, top).float()
+        case FixedFormat():
+            return numbers_of(IntFormat(grid.bits, narrow=grid.narrow)) / 2**grid.fraction_bits
+        case LevelFormat():
+            return torch.tensor(grid.levels)
+        case StretchedFormat():  # the middles of equal parts of -1 to 1
+            return torch.tensor([(2 * k + 1) / grid.count - 1 for k in range(grid.count)])
+        case _:
+            return torch.tensor(FloatRow(grid, by_hand(grid)).numbers)
+
+
+def is_odd(grid: ElementFormat) -> bool:
+    """Rounding -x is rounding x: the values are symmetric, and so is where ties go."""
+    numbers = numbers_of(grid)
+    return grid.has_zero and not isinstance(grid, LevelFormat) and torch.equal(numbers, -numbers.flip(0))
 
 
 def sample(rows: int = 8, columns: int = 64) -> torch.Tensor:

@@ -9,10 +9,14 @@ from recoup.numerics import (
     E2M1,
     E8M0,
     FLOAT16,
+    FixedFormat,
     FloatFormat,
     Granularity,
     IntFormat,
+    LevelFormat,
     QuantSpec,
+    StretchedFormat,
+    choose_qparams,
     extrema,
     fake_quantize,
     per_block,
@@ -66,6 +70,46 @@ MISTAKES: list[tuple[str, Callable[[], object]]] = [
         "signed-max gives negative scales, which e8m0 cannot hold",
         lambda: spec(scale_rule="signed-max", scale_format=E8M0),
     ),
+    ("FixedFormat: 0 of 8 bits behind the point asked; 1 to 7 are possible", lambda: FixedFormat(8, 0)),
+    ("FixedFormat: 8 of 8 bits behind the point asked", lambda: FixedFormat(8, 8)),
+    ("IntFormat: 9 bits asked", lambda: FixedFormat(9, 3)),
+    (
+        r'FloatFormat: e1m0 with specials="nan" has no number above 0',
+        lambda: FloatFormat(1, 0, specials="nan"),
+    ),
+    ("mine: 1 levels asked; 2 to 256 are possible", lambda: LevelFormat("mine", (1.0,))),
+    ("mine: levels ascend in float32 and are finite", lambda: LevelFormat("mine", (0.0, 1e-60))),
+    ("mine: levels ascend in float32 and are finite", lambda: LevelFormat("mine", (0.0, float("inf")))),
+    ("mine: no level is positive, the largest is -1.0", lambda: LevelFormat("mine", (-2.0, -1.0))),
+    ("StretchedFormat: 2 levels asked; 3 to 256 are possible", lambda: StretchedFormat(2)),
+    (
+        "positive has no negative values",
+        lambda: spec(format=LevelFormat("positive", (0.5, 1.0)), scale_rule="amax"),
+    ),
+    (
+        'fixed8.6: scale_rule="affine" adds a zero point, which only integers have',
+        lambda: spec(format=FixedFormat(8, 6), scale_rule="affine"),
+    ),
+    (
+        "min-max gives negative offsets, which e8m0 cannot hold",
+        lambda: spec(scale_rule="min-max", scale_format=E8M0),
+    ),
+    (
+        "min-max stores an offset beside each scale, which a global scale does not reach",
+        lambda: spec(scale_rule="min-max", global_scale=True),
+    ),
+    (
+        "four-over-six is a choice between two values of e2m1; int4 asked",
+        lambda: spec(scale_rule="four-over-six"),
+    ),
+    (
+        "pow2: a learned scale leaves the powers of two where e8m23 stores it; use scale_format=E8M0",
+        lambda: spec(scale_rule="pow2", ranges="learned"),
+    ),
+    (
+        "four-over-six chooses scales by a block's values, and here are only its extrema; use qparams_of",
+        lambda: choose_qparams(-X[:1, :1], X[:1, :1], spec(format=E2M1, scale_rule="four-over-six")),
+    ),
     ("e5m10 has 16 bits: a code is one byte, 8 at most", lambda: spec(format=FLOAT16)),
 ]
 
@@ -82,5 +126,7 @@ def test_every_rule_is_named_where_one_is_unknown() -> None:
     for name, value in vars(spec()).items():
         object.__setattr__(wrong, name, value)
     object.__setattr__(wrong, "scale_rule", "max")
-    with pytest.raises(ValueError, match=r"scale rule 'max' asked; there are half-range, narrow, .*, rceil"):
+    with pytest.raises(
+        ValueError, match=r"scale rule 'max' asked; there are half-range, narrow, .*, four-over-six"
+    ):
         wrong.__post_init__()

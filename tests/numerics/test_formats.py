@@ -1,16 +1,36 @@
 """Every code, midpoint and neighbour of every format, against gfloat, ml_dtypes, numpy and torch."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from gfloat import RoundMode, decode_ndarray, encode_ndarray, round_ndarray
-from gfloat.formats import format_info_ocp_e8m0
+from gfloat.formats import format_info_ocp_e8m0, format_info_ocp_int8
 
-from recoup.numerics import BFLOAT16, E2M1, E4M3, E5M2, E8M0, FLOAT16, FLOAT32, FloatFormat, IntFormat
-from recoup.numerics.formats import Format, power_of_two_below
+from recoup.numerics import (
+    BFLOAT16,
+    E2M1,
+    E4M3,
+    E5M2,
+    E8M0,
+    FLOAT16,
+    FLOAT32,
+    MXINT8,
+    NF4,
+    STRETCHED,
+    TERNARY,
+    FixedFormat,
+    FloatFormat,
+    IntFormat,
+    LevelFormat,
+    StretchedFormat,
+)
+from recoup.numerics.floats import power_of_two_below
+from recoup.numerics.formats import Format
 
-from .tables import CODED, FLOATS, INTS, FloatRow, around, bits, over
+from .tables import CODED, FIXED, FLOATS, INTS, LEVELS, FloatRow, around, bits, numbers_of, over
 
 
 def saturated(grid: Format, x: np.ndarray) -> torch.Tensor:
@@ -177,3 +197,84 @@ def test_integers(grid: IntFormat) -> None:
     oracle = np.rint(x).clip(every.min(), every.max())
     np.testing.assert_array_equal(saturated(grid, x).numpy(), oracle)
     assert not saturated(grid, x)[torch.tensor(oracle == 0)].signbit().any()
+
+
+@over("grid", FIXED)
+def test_fixed_point(grid: FixedFormat) -> None:
+    numbers = numbers_of(grid).numpy()
+    assert (grid.lo, grid.hi, grid.floor) == (numbers[0], numbers[-1], 2.0**-grid.fraction_bits)
+    codes = grid.encode(torch.tensor(numbers))
+    assert codes.dtype == torch.int8
+    np.testing.assert_array_equal(codes.numpy(), numbers * 2**grid.fraction_bits)
+    np.testing.assert_array_equal(grid.decode(codes).numpy(), numbers)
+    x = around(numbers)
+    oracle = np.rint(x.astype(np.float64) * 2**grid.fraction_bits) / 2**grid.fraction_bits
+    np.testing.assert_array_equal(saturated(grid, x).numpy(), oracle.clip(grid.lo, grid.hi))
+    assert not saturated(grid, x)[torch.tensor(oracle == 0)].signbit().any()
+
+
+def test_mxint8_is_gfloats() -> None:
+    info = format_info_ocp_int8
+    codes = np.arange(256)
+    values = decode_ndarray(info, codes).astype(np.float32)
+    np.testing.assert_array_equal(MXINT8.decode(torch.tensor(codes.astype(np.int8))).numpy(), values)
+    x = around(np.sort(values))
+    oracle = round_ndarray(info, x.astype(np.float64), RoundMode.TiesToEven, sat=True)
+    np.testing.assert_array_equal(saturated(MXINT8, x).numpy(), oracle)
+    ours = MXINT8.encode(saturated(MXINT8, x)).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(ours, encode_ndarray(info, oracle))
+
+
+@over("grid", LEVELS)
+def test_levels(grid: LevelFormat | StretchedFormat) -> None:
+    numbers = numbers_of(grid)
+    assert grid.bits == math.ceil(math.log2(len(numbers)))
+    assert (grid.lo, grid.hi) == (numbers[0], numbers[-1])
+    assert grid.floor == numbers[numbers > 0].min()
+    assert grid.has_zero == (0.0 in numbers.tolist())
+    codes = grid.encode(numbers)
+    assert codes.dtype == grid.code_dtype == torch.uint8
+    assert codes.tolist() == list(range(len(numbers)))
+    assert torch.equal(grid.decode(codes), numbers)
+    np.testing.assert_array_equal(bits(saturated(grid, numbers.numpy())), bits(numbers))
+    # The nearest one everywhere but at midpoints; those are in the tests below.
+    x = around(numbers.numpy())
+    distance = np.abs(x.astype(np.float64)[:, None] - numbers.double().numpy())
+    found = np.abs(saturated(grid, x).double().numpy() - x)
+    assert (found <= distance.min(1) + 2.0**-24 * (grid.hi + np.abs(x))).all()
+
+
+@over("grid", [*LEVELS, *FIXED])
+def test_infinity_saturates_and_nan_stays_in_tables_too(grid: Format) -> None:
+    x = np.array([np.inf, -np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(saturated(grid, x).numpy(), [grid.hi, grid.lo, np.nan])
+
+
+def test_nf4_ties_go_down() -> None:
+    # The thresholds of bitsandbytes, csrc/kernels.cu: dQuantizeNF4, which asks x > threshold.
+    thresholds = np.float32(
+        [
+            *(-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544),
+            *(-0.23460740596055984, -0.13791173323988914, -0.045525018125772476, 0.03979014977812767),
+            *(0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683),
+            *(0.5016634166240692, 0.6427869200706482, 0.8614784181118011),
+        ]
+    )
+    at, above = thresholds, np.nextafter(thresholds, np.float32(2))
+    assert NF4.encode(NF4.rint(torch.tensor(at))).tolist() == list(range(15))
+    assert NF4.encode(NF4.rint(torch.tensor(above))).tolist() == list(range(1, 16))
+
+
+def test_paretoqs_ties() -> None:
+    # round((clip(x) * n - shift)), ties to even: 1 / 3 is inexact, 0.5 of 2 bits is not.
+    assert STRETCHED.rint(torch.tensor([0.0, -0.0, 0.5, -0.5])).tolist() == [0.25, 0.25, 0.25, -0.75]
+    assert TERNARY.rint(torch.tensor([0.33, -0.33, 0.34, -0.34, 0.99])).tolist() == [
+        *(0.0, 0.0, TERNARY.hi, TERNARY.lo, TERNARY.hi)
+    ]
+    assert not TERNARY.rint(torch.tensor([-0.1])).signbit()
+
+
+def test_a_format_without_a_mantissa_rounds_ties_to_the_even_exponent() -> None:
+    # Codes 1, 2, 3, 4 of FloatFormat(3, 0) are 2^-2, 2^-1, 2^0, 2^1.
+    x = torch.tensor([0.375, 0.75, 1.5, -0.375])
+    assert FloatFormat(3, 0).rint(x).tolist() == [0.5, 0.5, 2.0, -0.5]

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from recoup.numerics import (
+    BINARY,
     E2M1,
     E4M3,
     E8M0,
+    FLOAT16,
+    MXINT8,
+    NF4,
+    STRETCHED,
+    TERNARY,
+    FloatFormat,
     Granularity,
     IntFormat,
     QParams,
@@ -25,7 +32,8 @@ from recoup.numerics import (
 
 from .tables import over
 
-INT2, INT4 = IntFormat(2), IntFormat(4)
+INT2, INT4, UINT4 = IntFormat(2), IntFormat(4), IntFormat(4, signed=False)
+INT2_NARROW = IntFormat(2, narrow=True)
 
 
 def learned(grid: object, granularity: Granularity, rule: str = "narrow", **fields: object) -> QuantSpec:
@@ -46,7 +54,24 @@ LEARNED = (
     learned(E2M1, per_group(16), scale_format=E4M3, global_scale=True),
     learned(INT4, per_group(16), scale_format=E4M3, global_scale=True),
     learned(E2M1, per_group(32), "even", scale_format=E8M0),
+    learned(MXINT8, per_group(32), "rceil", scale_format=E8M0),
+    learned(NF4, per_group(32), "amax"),
+    learned(BINARY, per_group(16), "amax"),
+    learned(TERNARY, per_channel, "amax"),
+    learned(STRETCHED, per_channel, "amax"),
+    learned(STRETCHED, per_group(16), "amax", scale_format=FLOAT16),
+    learned(INT4, per_group(16), "signed-max", scale_format=FLOAT16),
+    learned(INT2_NARROW, per_group(32), scale_format=FLOAT16),
+    learned(E2M1, per_group(16), "narrow", scale_format=E4M3, gradient="pass-through"),
+    learned(FloatFormat(3, 2), per_group(8)),
 )
+
+
+def positive_levels(grid: object) -> float:
+    """Q_P by hand: the largest integer or float; ParetoQ's 2^(bits - 1) - 1, at least 1."""
+    if grid in (NF4, BINARY, TERNARY, STRETCHED):
+        return 1.0
+    return 127.0 if grid == MXINT8 else grid.hi
 
 
 def spread(scale: Tensor, shape: torch.Size) -> Tensor:
@@ -69,13 +94,21 @@ def with_scale(qparams: QParams, scale: Tensor) -> QParams:
 def lsq(x: Tensor, scale: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     """LSQ (Esser et al. 2020), its appendix's pseudo code, as a composition that autograd differentiates."""
     elements = x.numel() // scale.numel()
-    factor = 1 / (elements * spec.format.hi) ** 0.5
-    s = (scale * factor) + (scale - scale * factor).detach()  # gradscale
+    factor = 1 / (elements * positive_levels(spec.format)) ** 0.5
+    s = gradscale(scale, factor)
     s = spread(s if qparams.global_scale is None else s * qparams.global_scale, x.shape)
     zero = 0 if qparams.zero_point is None else spread(qparams.zero_point, x.shape)
-    v = torch.clamp(x / s + zero, spec.format.lo, spec.format.hi) - zero
-    bar = v + (spec.format.rint(v) - v).detach()  # roundpass; rounding an integer zero point changes nothing
-    return bar * s
+    clip = 0.99 if spec.format in (TERNARY, STRETCHED) else None
+    v = torch.clamp(x / s + zero, -clip if clip else spec.format.lo, clip or spec.format.hi) - zero
+    rounded = spec.format.rint(v).detach()  # rounding an integer zero point changes nothing
+    if spec.format is BINARY:  # its scale multiplies the sign, whatever x is
+        through = torch.clamp(x / s.detach(), -1, 1) * s.detach()
+        return rounded * s + through - through.detach()
+    return (v + (rounded - v).detach()) * s  # roundpass
+
+
+def gradscale(x: Tensor, factor: float) -> Tensor:
+    return x * factor + (x - x * factor).detach()
 
 
 @over("spec", LEARNED)
@@ -86,10 +119,13 @@ def test_lsq(spec: QuantSpec) -> None:
     theirs = (x.clone().requires_grad_(), qparams.scale.clone().requires_grad_())
     lsq(theirs[0], theirs[1], qparams, spec).backward(grad)
 
-    clipped = ours[0].grad == 0
+    clipped = theirs[0].grad == 0
     assert 0 < int(clipped.sum()) < x.numel() / 2
-    assert torch.equal(clipped, theirs[0].grad == 0)
-    assert torch.equal(ours[0].grad[~clipped], grad[~clipped])  # theirs has x / s * s in it, which rounds
+    if spec.gradient == "clipped":
+        assert torch.equal(ours[0].grad == 0, clipped)
+        assert torch.equal(ours[0].grad[~clipped], grad[~clipped])  # theirs has x / s * s in it, which rounds
+    else:
+        assert torch.equal(ours[0].grad, grad)
 
     # A sum of n float32 terms errs by at most n roundings of the sum of their magnitudes; a term is at most
     # the position (|x / step| or the bound, with the zero point), and each side rounds it a few times.
@@ -98,7 +134,7 @@ def test_lsq(spec: QuantSpec) -> None:
     largest = terms.reshape(
         qparams.scale.shape[0], -1, qparams.scale.shape[1], x.shape[1] // qparams.scale.shape[1]
     )
-    bound = (n + 8) * 2.0**-23 * largest.sum(dim=(1, 3)) / (n * spec.format.hi) ** 0.5
+    bound = (n + 8) * 2.0**-23 * largest.sum(dim=(1, 3)) / (n * positive_levels(spec.format)) ** 0.5
     bound = bound if qparams.global_scale is None else bound * qparams.global_scale
     assert ours[1].grad.abs().min() > 0
     assert ((ours[1].grad - theirs[1].grad).abs() <= bound).all()
@@ -142,6 +178,11 @@ def test_finite_differences_of_the_smooth_surrogate(spec: QuantSpec) -> None:
     lo, hi = spec.format.lo - zero, spec.format.hi - zero
     position = x.double() / spread(qparams.scale.double() * whole, x.shape)
     kept = (position >= lo) & (position <= hi)
+    if spec.format in (TERNARY, STRETCHED):
+        kept = position.float().abs() <= 0.99
+    if spec.format is BINARY:
+        kept &= False  # its value is a sign, inside too
+        lo = hi = torch.where(position < 0, -1.0, 1.0).double()
     error = spec.format.rint(position.float()).double() - position
 
     def surrogate(step: Tensor) -> Tensor:
@@ -154,7 +195,7 @@ def test_finite_differences_of_the_smooth_surrogate(spec: QuantSpec) -> None:
     h = qparams.scale.double() * 2.0**-10
     terms = surrogate(qparams.scale.double() + h) - surrogate(qparams.scale.double() - h)
     n = x.numel() // scale.numel()
-    factor = (n * spec.format.hi) ** -0.5
+    factor = (n * positive_levels(spec.format)) ** -0.5
     difference = (terms / (2 * h)[:, None, :, None]).sum(dim=(1, 3)) * factor
     reach = (grad.abs() * position.abs().clamp(min=spec.format.hi - spec.format.lo)).double() * whole
     bound = (n + 8) * 2.0**-23 * reach.reshape(terms.shape).sum(dim=(1, 3)) * factor
@@ -236,26 +277,37 @@ torch.manual_seed(0)
 stored = dict(scale_format=E4M3, global_scale=True)
 nvfp4 = dict(format=E2M1, granularity=per_group(16), scale_rule="narrow", **stored)
 affine = dict(format=IntFormat(8, signed=False), granularity=per_token, scale_rule="affine")
-for fields, ranges in ((nvfp4, "dynamic"), (affine, "learned")):
+uint4 = IntFormat(4, signed=False)
+min_max = dict(format=uint4, granularity=per_group(32), scale_rule="min-max", scale_format=FLOAT16)
+nf4 = dict(format=NF4, granularity=per_group(64), scale_rule="amax")
+ternary = dict(format=TERNARY, granularity=per_channel, scale_rule="amax")
+mxint8 = dict(format=MXINT8, granularity=per_group(32), scale_rule="rceil", scale_format=E8M0)
+four_over_six = {**nvfp4, "scale_rule": "four-over-six"}
+dynamic = [(fields, "dynamic") for fields in (nvfp4, four_over_six, min_max, nf4)]
+learned = [(fields, "learned") for fields in (affine, min_max, nf4, ternary, mxint8)]
+for fields, ranges in dynamic + learned:
     spec = QuantSpec(**fields, ranges=ranges)
     x, grad = torch.randn(4, 64), torch.randn(4, 64)
     start = qparams_of(x / 1.7, spec)
+    offset = start.offset
+    if start.zero_point is not None:
+        offset = -start.zero_point * start.scale
 
-    def run(x, scale):
+    def run(x, scale, offset):
         if ranges == "dynamic":
             return fake_quantize(x, qparams_of(x, spec), spec)
-        kept = QParams(scale=scale, zero_point=start.zero_point, global_scale=start.global_scale)
-        return fake_quantize(x, kept, spec)
+        return fake_quantize(x, learned_qparams(scale, offset, None, spec), spec)
 
     results = []
-    for backend in (None, "eager", "aot_eager"):
+    for backend in ("aot_eager", None):
         torch.compiler.reset()
         call = torch.compile(run, fullgraph=True, backend=backend) if backend else run
-        leaves = x.clone().requires_grad_(), start.scale.clone().requires_grad_()
+        shifted = None if offset is None else offset.clone().requires_grad_()
+        leaves = x.clone().requires_grad_(), start.scale.clone().requires_grad_(), shifted
         y = call(*leaves)
         y.backward(grad)
-        results.append([y, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
-    assert len(results[0]) == (3 if ranges == "learned" else 2)
+        results.append([y, *(leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None)])
+    assert len(results[0]) == (2 if ranges == "dynamic" else 3 if spec.symmetric else 4)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True)), (fields, ranges)
 print("identical")

@@ -10,6 +10,7 @@ import torch
 
 from recoup.numerics import (
     BFLOAT16,
+    BINARY,
     E2M1,
     E2M3,
     E3M2,
@@ -18,6 +19,11 @@ from recoup.numerics import (
     E8M0,
     FLOAT16,
     FLOAT32,
+    MXINT8,
+    NF4,
+    STRETCHED,
+    ElementFormat,
+    FixedFormat,
     FloatFormat,
     IntFormat,
     PowerOfTwo,
@@ -39,7 +45,7 @@ from recoup.numerics import (
 from .tables import NVFP4, SPECS, bits, over, sample
 
 
-def spec_of(grid: IntFormat | FloatFormat, rule: ScaleRule, **fields: object) -> QuantSpec:
+def spec_of(grid: ElementFormat, rule: ScaleRule, **fields: object) -> QuantSpec:
     return QuantSpec(
         **{"format": grid, "granularity": per_tensor, "scale_rule": rule, "ranges": "dynamic", **fields}
     )
@@ -50,7 +56,7 @@ def scale_of(lo: float, hi: float, spec: QuantSpec) -> QParams:
 
 
 INT4, INT8, UINT4 = IntFormat(4), IntFormat(8), IntFormat(4, signed=False)
-NARROW4 = IntFormat(4, narrow=True)
+NARROW4, NARROW8 = IntFormat(4, narrow=True), IntFormat(8, narrow=True)
 
 # format, rule, lowest, highest, scale, zero point: the formulas of the rules' table, with numbers filled in
 BY_HAND = [
@@ -79,6 +85,13 @@ BY_HAND = [
     (INT8, "pow2", 0.0, 127 / 128, 2.0**-7, None),
     (E4M3, "pow2", 0.0, 448.0, 1.0, None),
     (E4M3, "pow2", 0.0, 449.0, 2.0, None),
+    (NF4, "amax", -3.0, 2.0, 3.0, None),
+    (STRETCHED, "amax", -1.0, 2.0, 2.0, None),
+    (INT4, "amax", -1.0, 2.0, 2.0, None),
+    (INT8, "signed-max", -2.0, 1.0, 2.0 / 128, None),
+    (NARROW8, "signed-max", -1.0, 2.0, 2.0 / -127, None),
+    (UINT4, "min-max", 1.0, 4.0, 3.0 / 15, None),
+    (INT4, "min-max", -4.0, -1.0, 3.0 / 15, None),
 ]
 
 
@@ -89,6 +102,34 @@ def test_rules_by_hand(
     qparams = scale_of(lo, hi, spec_of(grid, rule))
     assert qparams.scale.item() == np.float32(scale)
     assert (None if qparams.zero_point is None else qparams.zero_point.item()) == zero
+
+
+def test_min_max_takes_the_extrema_as_they_are() -> None:
+    spec = spec_of(UINT4, "min-max", scale_format=FLOAT16)
+    qparams = scale_of(1.1, 4.1, spec)  # ggml: d = (max - min) / 15 and m = min, both float16
+    assert qparams.scale.item() == np.float16((np.float32(4.1) - np.float32(1.1)) / 15)
+    assert qparams.offset.item() == np.float16(1.1)
+    x = torch.tensor([[1.1, 1.9, 4.1, 0.0]])
+    d, m = qparams.scale.item(), qparams.offset.item()
+    assert quantize(x, qparams, spec).tolist() == [[0, 4, 15, 0]]
+    assert fake_quantize(x, qparams, spec).tolist() == [[np.float32(q * d + m) for q in (0, 4, 15, 0)]]
+
+
+def test_min_max_of_one_value_is_that_value() -> None:
+    x = torch.full((1, 4), 1.25)
+    for grid in (UINT4, INT4, E2M1):
+        spec = spec_of(grid, "min-max")
+        qparams = qparams_of(x, spec)
+        assert qparams.scale.item() == 1.0
+        assert torch.equal(fake_quantize(x, qparams, spec), x)
+
+
+def test_mean_is_paretoqs_start_of_one_bit() -> None:
+    x = torch.randn(4, 32)
+    x[2] = 0.0
+    qparams = qparams_of(x, spec_of(BINARY, "mean", granularity=per_channel))
+    expected = torch.where(x.abs().amax(1) == 0, 1.0, x.abs().mean(1))[:, None]
+    torch.testing.assert_close(qparams.scale, expected, rtol=2.0**-22, atol=0)
 
 
 def test_pow2_is_the_smallest_power_of_two_that_does_not_clip() -> None:
@@ -108,6 +149,7 @@ MX_ELEMENTS = [
     (E3M2, 4, 2, 28),
     (E4M3, 8, 3, 448),
     (E5M2, 15, 2, 57344),
+    (MXINT8, 0, 6, Fraction(127, 64)),
 ]
 MX_RULES: tuple[ScaleRule, ...] = ("floor", "even", "ceil", "rceil")
 
@@ -141,7 +183,7 @@ def mantissas() -> list[float]:
 
 @pytest.mark.parametrize("rule", MX_RULES)
 @pytest.mark.parametrize("element", MX_ELEMENTS, ids=lambda row: row[0].name)
-def test_mx_exponents(element: tuple[FloatFormat, int, int, Fraction], rule: ScaleRule) -> None:
+def test_mx_exponents(element: tuple[FloatFormat | FixedFormat, int, int, Fraction], rule: ScaleRule) -> None:
     grid, *facts = element
     exponents = (-149, -130, -127, -126, -125, -124, -118, -112, -111, 0, 60, 127)
     amaxes = np.array([m * 2.0**k for m in mantissas() for k in exponents]).astype(np.float32)
@@ -248,11 +290,14 @@ def test_storable_is_on_the_grid_and_never_zero(grid: FloatFormat | PowerOfTwo) 
     magnitudes = 2.0 ** torch.arange(-149, 128).float() * 1.37
     edges = torch.tensor([0.0, 1e-45, 1e-38, grid.floor, grid.hi, 3e38])
     scale = torch.cat([magnitudes, edges])[None]
-    scale = scale if isinstance(grid, PowerOfTwo) else torch.cat([scale, -scale])
+    scale = torch.cat([scale, -scale])
     stored = storable(scale, grid)
     assert (stored != 0).all()
     assert (stored.abs() >= grid.floor).all()
     assert stored.isfinite().all()
+    if isinstance(grid, PowerOfTwo):  # without a sign, its smallest value is the nearest to a negative scale
+        assert (stored[scale < 0] == grid.lo).all()
+        scale, stored = scale[scale >= 0][None], stored[scale >= 0][None]
     assert torch.equal(stored.sign(), torch.where(scale == 0, 1.0, scale.sign()))
     assert torch.equal(grid.rint(stored), stored)
     assert torch.equal(storable(stored, grid), stored)
@@ -267,7 +312,10 @@ def test_scales_lie_on_their_format(spec: QuantSpec) -> None:
     np.testing.assert_array_equal(bits(spec.scale_format.rint(qparams.scale)), bits(qparams.scale))
     assert (qparams.scale != 0).all()
     assert (qparams.step != 0).all()
-    assert (qparams.zero_point is None) == spec.symmetric
+    assert (qparams.zero_point is not None) == spec.has_zero_point
+    assert (qparams.offset is not None) == spec.has_offset
+    if qparams.offset is not None:
+        np.testing.assert_array_equal(bits(spec.scale_format.rint(qparams.offset)), bits(qparams.offset))
     if qparams.zero_point is not None:
         assert qparams.zero_point.dtype == torch.int32
         assert qparams.zero_point.min() >= spec.format.lo
@@ -279,11 +327,13 @@ def test_zero_is_exact(spec: QuantSpec) -> None:
     x = sample()
     x[:, ::4] = 0.0
     qparams = qparams_of(x, spec)
-    assert (dequantize(quantize(x, qparams, spec), qparams, spec)[:, ::4] == 0).all()
+    if spec.keeps_zero:
+        assert (dequantize(quantize(x, qparams, spec), qparams, spec)[:, ::4] == 0).all()
     nothing = torch.zeros(8, 64)
     qparams = qparams_of(nothing, spec)
     assert torch.equal(qparams.scale, torch.ones_like(qparams.scale))
-    assert (fake_quantize(nothing, qparams, spec) == 0).all()
+    found = fake_quantize(nothing, qparams, spec)
+    assert (found.abs() == (0 if spec.format.has_zero else spec.format.floor)).all()
 
 
 @over("spec", SPECS)
@@ -293,7 +343,7 @@ def test_tiny_blocks_are_finite_and_keep_their_zeros(spec: QuantSpec) -> None:
         x[:, ::4] = 0.0
         y = fake_quantize(x, qparams_of(x, spec), spec)
         assert y.isfinite().all()
-        assert (y[:, ::4] == 0).all()
+        assert (y[:, ::4] == 0).all() or not spec.keeps_zero
 
 
 def test_tiny_block_beside_a_huge_one_takes_the_floor() -> None:

@@ -306,18 +306,20 @@ def test_a_shared_module_is_one() -> None:
     assert plan.modules == {"first": "w8a16", "later.0": "w4a16"}
 
 
-# By hand, for MLP with 128 x 128 twice: bytes of codes, scales and the global scale of one weight.
+# By hand, for MLP with WIDTH x WIDTH twice: bytes of codes, scales and the global scale of one weight.
 BYTES = {
-    "w4a16": 128 * 128 // 2 + 128 * 4 * 4,
-    "w4a16-g128": 128 * 128 // 2 + 128 * 4,
-    "w3a16": 128 * 128 * 3 // 8 + 128 * 4 * 4,
-    "w8a8": 128 * 128 + 128 * 4,
-    "fp8-static": 128 * 128 + 4,
-    "fp8-block": 128 * 128 + 4,
-    "mxfp4": 128 * 128 // 2 + 128 * 4,
-    "nvfp4": 128 * 128 // 2 + 128 * 8 + 4,
+    "w4a16": WIDTH * WIDTH // 2 + WIDTH * WIDTH // 32 * 4,
+    "w4a16-g128": WIDTH * WIDTH // 2 + WIDTH * WIDTH // 128 * 4,
+    "w3a16": WIDTH * WIDTH * 3 // 8 + WIDTH * WIDTH // 32 * 4,
+    "w8a8": WIDTH * WIDTH + WIDTH * 4,
+    "fp8-static": WIDTH * WIDTH + 4,
+    "fp8-block": WIDTH * WIDTH + WIDTH * WIDTH // 128**2 * 4,
+    "mxfp4": WIDTH * WIDTH // 2 + WIDTH * WIDTH // 32,
+    "nvfp4": WIDTH * WIDTH // 2 + WIDTH * WIDTH // 16 + 4,
+    "q4_1": WIDTH * WIDTH // 2 + WIDTH * WIDTH // 32 * 4,
+    "tq2_0": WIDTH * WIDTH // 4 + WIDTH * WIDTH // 256 * 2,
 }
-KEPT = 128 + 2 * 128 + 3 * 128 + 3  # up.bias, norm, head
+KEPT = WIDTH + 2 * WIDTH + 3 * WIDTH + 3  # up.bias, norm, head
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,8 +3,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
 
+import recoup
+from recoup.numerics import (
+    MXINT8,
+    TERNARY,
+    ElementFormat,
+    FloatFormat,
+    IntFormat,
+    LevelFormat,
+    per_group,
+)
 from recoup.schemes import PRESETS, Limit, Recipe, Rule, Scheme
 from tests.models import SCHEMES, recipe
 
@@ -281,3 +292,74 @@ def test_a_scheme_of_ones_own_is_written_out_and_read_back(tmp_path: Path) -> No
 def test_a_limit_is_finite(limit: object) -> None:
     with pytest.raises(ValueError, match="finite"):
         Limit.model_validate(limit)
+
+
+OWN = """
+scheme:
+  name: mine
+  weights:
+    format: {exponent_bits: 3, mantissa_bits: 2}
+    granularity: {rows: 1, columns: 24}
+    scale_rule: narrow
+    ranges: static
+"""
+
+
+def own(tmp_path: Path, old: str = "", new: str = "") -> Recipe:
+    assert old in OWN
+    (tmp_path / "recipe.yaml").write_text(OWN.replace(old, new) if old else OWN)
+    return Recipe.load(tmp_path / "recipe.yaml")
+
+
+def test_a_format_of_ones_own_needs_no_code(tmp_path: Path) -> None:
+    weights = own(tmp_path).scheme.weights
+    assert (weights.format, weights.granularity) == (FloatFormat(3, 2), per_group(24))
+    model = torch.nn.Sequential(torch.nn.Linear(48, 4))
+    recoup.prepare(model, recoup.resolve(model, own(tmp_path)))
+    assert model[0].weight_quantizer.scale.shape == (4, 2)
+    assert model[0](torch.randn(2, 48)).isfinite().all()
+
+
+FORMATS = [
+    ("{bits: 3, narrow: true}", IntFormat(3, narrow=True)),
+    ("{bits: 8, fraction_bits: 6}", MXINT8),
+    ("{exponent_bits: 4, mantissa_bits: 2, specials: nan}", FloatFormat(4, 2, specials="nan")),
+    ("{count: 3}", TERNARY),
+    ("{name: thirds, levels: [-1, 0, 0.5, 1.5], ties: up}", None),
+]
+
+
+@pytest.mark.parametrize(("written", "grid"), FORMATS, ids=[written for written, _ in FORMATS])
+def test_every_kind_of_format_is_written_by_its_fields(
+    tmp_path: Path, written: str, grid: ElementFormat | None
+) -> None:
+    grid = grid or LevelFormat("thirds", (-1.0, 0.0, 0.5, 1.5), ties="up")
+    assert own(tmp_path, "{exponent_bits: 3, mantissa_bits: 2}", written).scheme.weights.format == grid
+
+
+MISSPELT = [
+    (
+        "mantissa_bits",
+        "mantisa_bits",
+        "scheme.weights.format.mantisa_bits: unknown key; did you mean 'mantissa_bits'?",
+    ),
+    (", mantissa_bits: 2", "", "scheme.weights.format.mantissa_bits: missing"),
+    ("{exponent_bits: 3, mantissa_bits: 2}", "{bits: 12}", "scheme.weights.format: IntFormat: 12 bits asked"),
+    ("columns: 24", "column: 24", "scheme.weights.granularity.column: unknown key; did you mean 'columns'?"),
+    ("scale_rule", "scale_rules", "scheme.weights.scale_rules: unknown key; did you mean 'scale_rule'?"),
+    ("weights:", "weight:", "scheme.weight: unknown key; did you mean 'weights'?"),
+    (
+        "ranges: static",
+        "ranges: static\n    scale_format: {exponent_bits: 4, mantisa_bits: 3}",
+        "scheme.weights.scale_format.mantisa_bits: unknown key; did you mean 'mantissa_bits'?",
+    ),
+    (": narrow", ": affine", 'scheme.weights: e3m2: scale_rule="affine" adds a zero point'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "message"), MISSPELT, ids=[row[2] for row in MISSPELT])
+def test_mistakes_in_a_scheme_of_ones_own(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"recipe\.yaml: scheme") as error:
+        own(tmp_path, old, new)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

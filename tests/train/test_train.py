@@ -277,8 +277,8 @@ def poisoned_batch(model: nn.Module, data: list[dict[str, Tensor]]) -> None:
     [
         (poisoned("head.weight", torch.inf), 1, r"head \(its weight\)"),
         (poisoned("norm.bias", torch.nan), 1, r"norm \(its bias\)"),
-        (poisoned("down.weight", torch.nan), 1, r"down\.weight_quantizer \(its output\)"),
-        (poisoned_batch, 2, r"up\.input_quantizer \(its output\)"),
+        (poisoned("down.weight", torch.nan), 1, r"down\.weight$"),
+        (poisoned_batch, 2, r"up\.input$"),
     ],
 )
 def test_a_loss_that_is_not_finite_is_traced_to_its_module(poison: Any, step: int, culprit: str) -> None:

@@ -37,10 +37,11 @@ def calibrate(
 ) -> nn.Module:
     """Set the range of every static and learned quantizer; in place, returns the model.
 
-    Weights are observed as they are. Inputs are observed while the model runs on the batches, in float and
-    in evaluation mode; when every input range is dynamic, only the first batch is looked at, to keep as the
-    example input that exporters trace (`model.recoup_example`). Never changes a weight and never needs
-    labels.
+    Weights are observed as they are, but where their scale rule looks at the values itself (mean,
+    four-over-six), which no observer changes. Inputs are observed while the model runs on the batches, in
+    float and in evaluation mode; when every input range is dynamic, only the first batch is looked at, to
+    keep as the example input that exporters trace (`model.recoup_example`). Never changes a weight and never
+    needs labels.
 
     Args:
         model: prepared.
@@ -81,6 +82,9 @@ def calibrate(
                 call(model, moved(batch, device_of(model)))
     todo = list(observers.items())
     for quantizer, watching in watched(todo, "choosing ranges"):
+        if quantizer in weights and quantizer.spec.needs_values:  # a range would not say what to choose
+            quantizer.fit(weights[quantizer].matrix(weights[quantizer]))
+            continue
         if quantizer in weights:
             watching.observe(weights[quantizer].matrix(weights[quantizer]))
         try:

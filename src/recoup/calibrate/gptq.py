@@ -36,7 +36,7 @@ from recoup.nn import (
     size_of,
     without_labels,
 )
-from recoup.numerics import QParams, choose_qparams, extrema, fake_quantize, per_channel
+from recoup.numerics import QParams, choose_qparams, extrema, fake_quantize, per_channel, qparams_of
 from recoup.progress import progress
 
 _DAMPING = 0.01  # of the mean of H's diagonal; the paper's
@@ -236,12 +236,12 @@ def _choose_scale(quantizer: FakeQuantizer, group: Tensor, index: int) -> None:
     """The scale of least squared error for the group as the columns before it left it."""
     spec, global_scale = replace(quantizer.spec, ranges="static"), quantizer.global_scale
     lo, hi = extrema(group, spec.granularity)
-    share = best_share(group, lo, hi, spec, global_scale)
-    found = choose_qparams(share * lo, share * hi, spec, global_scale)
-    assert quantizer.scale is not None
-    quantizer.scale[:, index : index + 1] = found.scale
-    if quantizer.zero_point is not None and found.zero_point is not None:
-        quantizer.zero_point[:, index : index + 1] = found.zero_point
+    if spec.needs_values:
+        found = qparams_of(group, spec, global_scale)
+    else:
+        share = best_share(group, lo, hi, spec, global_scale)
+        found = choose_qparams(share * lo, share * hi, spec, global_scale)
+    quantizer.keep(found, slice(index, index + 1))
 
 
 def _scale_of_rows(quantizer: FakeQuantizer, rows: int, index: int) -> QParams:
@@ -251,8 +251,12 @@ def _scale_of_rows(quantizer: FakeQuantizer, rows: int, index: int) -> QParams:
     def of_rows(state: Tensor) -> Tensor:
         return state[:, index : index + 1].repeat_interleave(rows // len(state), dim=0)
 
-    zero_point = None if stored.zero_point is None else of_rows(stored.zero_point)
-    return QParams(scale=of_rows(stored.scale), zero_point=zero_point, global_scale=stored.global_scale)
+    return QParams(
+        scale=of_rows(stored.scale),
+        zero_point=None if stored.zero_point is None else of_rows(stored.zero_point),
+        offset=None if stored.offset is None else of_rows(stored.offset),
+        global_scale=stored.global_scale,
+    )
 
 
 def _shape(batch: Any) -> Any:

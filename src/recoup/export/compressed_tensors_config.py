@@ -165,6 +165,8 @@ def _inputs_name(spec: QuantSpec) -> str:
         readable = spec.ranges == "dynamic"
     if spec.format == IntFormat(8, narrow=True):  # kernels saturate at -128
         readable = False
+    if spec.needs_values or spec.has_offset:  # kernels go by the largest magnitude
+        readable = False
     return name if readable and spec.scale_format not in (FLOAT16, BFLOAT16) else ""
 
 

@@ -152,7 +152,7 @@ def weight_layout(spec: QuantSpec) -> str:
     Raises:
         ValueError: for something that onnxruntime has no kernel for.
     """
-    if not isinstance(spec.format, IntFormat) or spec.global_scale:
+    if not isinstance(spec.format, IntFormat) or spec.global_scale or spec.has_offset:
         raise ValueError(f"{spec.format.name} weights with {_scales(spec)} have no kernel there")
     match (spec.granularity.rows, spec.granularity.columns):
         case (1, None) if spec.symmetric and spec.format.signed:
@@ -192,11 +192,12 @@ def input_layout(scheme: Scheme) -> str:
 
 
 def _float32_scales(spec: QuantSpec) -> bool:
-    return spec.scale_format == FLOAT32 and not spec.global_scale
+    return spec.scale_format == FLOAT32 and not spec.global_scale and not spec.has_offset
 
 
 def _scales(spec: QuantSpec) -> str:
-    return f"{spec.scale_format.name} scales" + (" and a global one" if spec.global_scale else "")
+    beside = " and a global one" if spec.global_scale else " and offsets" if spec.has_offset else ""
+    return f"{spec.scale_format.name} scales{beside}"
 
 
 def _matmul_nbits(accuracy_level: int) -> LinearNodes:

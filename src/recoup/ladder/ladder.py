@@ -151,7 +151,7 @@ def recover(
         say(f"going on; measured already: {done}")
     before = _baseline(run, recipe, gates, model, evaluate, given, say)
     _write_float_file(run, target, model, example)
-    prepare(model, plan)
+    prepare(model, plan, impl=recipe.impl)
     run.write_json(PLAN, plan.to_json())
     chosen = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say).up(rungs)
     assert chosen is not None

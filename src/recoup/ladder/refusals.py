@@ -43,7 +43,7 @@ def check_rungs(
         ValueError: a rung would refuse the model, its settings or the batches.
     """
     trial = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    prepare(trial, plan)  # shares every weight, so the trial costs no memory
+    prepare(trial, plan, impl=recipe.impl)  # shares every weight, so the trial costs no memory
     if "gptq" in recipe.rungs:
         check_state(model)
         check_layers(trial)

@@ -18,7 +18,7 @@ from recoup.nn.coded import (
     is_coded,
 )
 from recoup.nn.conv import QuantConv1d, QuantConv2d
-from recoup.nn.fake_quantizer import FakeQuantizer, quantization_off
+from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
 from recoup.nn.modules import (
     QUANT_MODULES,
     QuantConv1D,
@@ -42,6 +42,7 @@ __all__ = [
     "CodedModule",
     "Codes",
     "FakeQuantizer",
+    "NonFiniteError",
     "QuantConv1D",
     "QuantConv1d",
     "QuantConv2d",

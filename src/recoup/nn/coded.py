@@ -19,7 +19,7 @@ from recoup.schemes import Scheme
 
 
 class Codes(LatticeState):
-    """A quantized weight: `codes` (r, c), and the `scale`, `zero_point` and `global_scale` they go with.
+    """A quantized weight: `codes` (r, c), and the `scale`, `zero_point`, `offset` and `global_scale` of them.
 
     >>> import torch, recoup
     >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4))
@@ -31,6 +31,7 @@ class Codes(LatticeState):
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    offset: Tensor | None
     global_scale: Tensor | None
 
     @torch.no_grad()
@@ -42,13 +43,17 @@ class Codes(LatticeState):
         qparams = prepared.weight_quantizer.qparams(weight)
         self.register_buffer("codes", quantize(weight, qparams, self.spec))
         self.register_buffer("scale", qparams.scale.detach().clone())
-        self.register_buffer("zero_point", qparams.zero_point)
+        zero_point = qparams.zero_point
+        self.register_buffer("zero_point", None if zero_point is None else zero_point.to(torch.int32))
+        self.register_buffer("offset", None if qparams.offset is None else qparams.offset.detach().clone())
         self.register_buffer("global_scale", qparams.global_scale)
 
     @property
     def qparams(self) -> QParams:
         """The scales as numerics take them."""
-        return QParams(scale=self.scale, zero_point=self.zero_point, global_scale=self.global_scale)
+        return QParams(
+            scale=self.scale, zero_point=self.zero_point, offset=self.offset, global_scale=self.global_scale
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # a cast changes what they are decoded to

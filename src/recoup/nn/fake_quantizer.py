@@ -17,9 +17,22 @@ from recoup.numerics import (
     choose_global_scale,
     choose_qparams,
     fake_quantize,
+    is_finite,
+    kernels,
+    learned_qparams,
     qparams_of,
-    storable_straight_through,
+    storable,
 )
+
+
+class NonFiniteError(ValueError):
+    """A tensor to be quantized holds NaN or infinity; `tensor` is its name."""
+
+    def __init__(self, tensor: str) -> None:
+        super().__init__(
+            f"{tensor}: holds NaN or infinity, which has no code; look for where it comes from before this"
+        )
+        self.tensor = tensor
 
 
 class LatticeState(nn.Module):
@@ -40,8 +53,10 @@ class FakeQuantizer(LatticeState):
     """Holds the qparams of one tensor and applies them.
 
     Which of them are state follows from `spec.ranges`: "dynamic" has no scale, "static" has a buffer,
-    "learned" a Parameter. All of them have their final shape from the start, so that a checkpoint loads
-    strictly; until calibration they are NaN and `forward` raises.
+    "learned" a Parameter. Beside the scale, "affine" has a zero point and "min-max" an offset; learned, both
+    are an offset, a Parameter too (beta of LSQ+), from which the zero point follows. All of them have their
+    final shape from the start, so that a checkpoint loads strictly; until calibration they are NaN and
+    `forward` raises.
 
     Args:
         spec: the lattice.
@@ -54,6 +69,7 @@ class FakeQuantizer(LatticeState):
 
     scale: Tensor | None
     zero_point: Tensor | None
+    offset: Tensor | None
     global_scale: Tensor | None
 
     def __init__(self, spec: QuantSpec, *, rows: int | None, columns: int | None) -> None:
@@ -63,15 +79,22 @@ class FakeQuantizer(LatticeState):
         self.calibrated = not self.needs_calibration
         self.path = "a quantizer"  # its name in the model, for messages; `prepare` knows it
         self.is_weight = rows is not None
+        self.impl: kernels.Impl = "reference"  # `prepare` chooses
+        self.loads = 0  # how often a state was loaded
         shape = spec.granularity.scale_shape(rows or 1, columns or 1)
-        scale = None if spec.ranges == "dynamic" else torch.full(shape, torch.nan)
-        if spec.ranges == "learned":
-            self.scale = nn.Parameter(scale) if scale is not None else None
+        kept, learned = spec.ranges != "dynamic", spec.ranges == "learned"
+        has_offset = spec.has_offset or (learned and spec.has_zero_point)
+        self._state("scale", torch.full(shape, torch.nan) if kept else None, learned)
+        self._state("offset", torch.full(shape, torch.nan) if kept and has_offset else None, learned)
+        affine = kept and spec.has_zero_point and not learned
+        self._state("zero_point", torch.zeros(shape, dtype=torch.int32) if affine else None)
+        self._state("global_scale", torch.tensor(torch.nan) if spec.global_scale else None)
+
+    def _state(self, name: str, state: Tensor | None, learned: bool = False) -> None:
+        if learned:
+            self.register_parameter(name, None if state is None else nn.Parameter(state))
         else:
-            self.register_buffer("scale", scale)
-        affine = scale is not None and not spec.symmetric
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32) if affine else None)
-        self.register_buffer("global_scale", torch.tensor(torch.nan) if spec.global_scale else None)
+            self.register_buffer(name, state)
 
     @property
     def needs_calibration(self) -> bool:
@@ -79,11 +102,34 @@ class FakeQuantizer(LatticeState):
         return self.spec.ranges != "dynamic" or self.spec.global_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, moved onto the lattice."""
+        """x, moved onto the lattice.
+
+        Raises:
+            NonFiniteError: see `check`.
+            RuntimeError: not calibrated yet.
+        """
         if not self.enabled:
             return x
         view = self.view(x)
-        return fake_quantize(view, self.qparams(view), self.spec).reshape(x.shape)
+        qparams = self.qparams(view)
+        self.check(view, qparams)
+        if self.impl == "reference" or torch.compiler.is_compiling():  # inductor fuses the reference itself
+            return fake_quantize(view, qparams, self.spec).reshape(x.shape)
+        return kernels.fake_quantize(view, qparams, self.spec, kernels.KERNELS[self.impl]).reshape(x.shape)
+
+    def check(self, view: Tensor, qparams: QParams) -> None:
+        """Look for NaN and infinity in a 2-D view; in its scales alone, where those are of its own values.
+
+        Only on a CPU and outside of `torch.compile`: elsewhere an answer would have to be waited for. There
+        NaN stays NaN, and with dynamic ranges infinity makes its whole block NaN.
+
+        Raises:
+            NonFiniteError: there is one.
+        """
+        if view.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not is_finite(qparams.scale if self.spec.ranges == "dynamic" else view.detach()):
+            raise NonFiniteError(self.path)
 
     def view(self, x: Tensor) -> Tensor:
         """The 2-D view: a weight's is (output features, rest), an input's (rest, last axis)."""
@@ -107,8 +153,10 @@ class FakeQuantizer(LatticeState):
     def stored_qparams(self) -> QParams:
         """The qparams of static and learned ranges: they do not depend on the tensor."""
         assert self.scale is not None, "dynamic ranges store no scale"
-        scale = storable_straight_through(self.scale, self.spec.scale_format)
-        return QParams(scale=scale, zero_point=self.zero_point, global_scale=self.global_scale)
+        if self.zero_point is not None:
+            scale, zero_point = storable(self.scale, self.spec.scale_format), self.zero_point
+            return QParams(scale=scale, zero_point=zero_point, global_scale=self.global_scale)
+        return learned_qparams(self.scale, self.offset, self.global_scale, self.spec)
 
     @torch.no_grad()
     def set_range(self, lo: Tensor, hi: Tensor, amax: Tensor | None = None) -> None:
@@ -120,20 +168,50 @@ class FakeQuantizer(LatticeState):
             amax: of the whole tensor, for the global scale; by default that of [lo, hi].
 
         Raises:
-            ValueError: a bound is not finite.
+            ValueError: a bound is not finite, or the scale rule needs more than bounds: see `fit`.
         """
-        if not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):
-            raise ValueError(f"{self.path}: saw values that are not finite; check the model and the data")
+        self._check_finite(lo, hi)
         largest = torch.maximum(-lo, hi).amax() if amax is None else amax
-        qparams = choose_qparams(lo, hi, self.spec, choose_global_scale(largest, self.spec))
-        for state, value in (
-            (self.scale, qparams.scale),
-            (self.zero_point, qparams.zero_point),
-            (self.global_scale, qparams.global_scale),
-        ):
-            if state is not None and value is not None:
-                state.copy_(value)
+        global_scale = choose_global_scale(largest, self.spec)
+        if self.spec.ranges == "dynamic":  # blocks choose for themselves, later
+            self._keep_global_scale(global_scale)
+            return
+        try:
+            self.keep(choose_qparams(lo, hi, self.spec, global_scale))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    @torch.no_grad()
+    def fit(self, view: Tensor) -> None:
+        """Take the qparams of this 2-D view's own values: round-to-nearest for a weight, under any rule.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        self._check_finite(view)
+        self.keep(qparams_of(view, self.spec))
+
+    @torch.no_grad()
+    def keep(self, qparams: QParams, columns: slice = slice(None)) -> None:
+        """Make qparams state, those of all blocks or of these columns of blocks."""
+        offset = qparams.offset
+        if qparams.zero_point is not None:
+            offset = -qparams.zero_point * qparams.step  # of code 0: from it follows this zero point
+        found = {"scale": qparams.scale, "zero_point": qparams.zero_point, "offset": offset}
+        for name, value in found.items():
+            state = getattr(self, name)
+            if state is not None:
+                state[:, columns] = value
+        self._keep_global_scale(qparams.global_scale)
+
+    def _keep_global_scale(self, global_scale: Tensor | None) -> None:
+        if self.global_scale is not None and global_scale is not None:
+            self.global_scale.copy_(global_scale)
         self.calibrated = True
+
+    def _check_finite(self, *tensors: Tensor) -> None:
+        if not all(map(is_finite, tensors)):
+            raise ValueError(f"{self.path}: saw values that are not finite; check the model and the data")
 
     def extra_repr(self) -> str:
         """The spec in short."""
@@ -141,6 +219,7 @@ class FakeQuantizer(LatticeState):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.loads += 1
         stored = [state for state in (self.scale, self.global_scale) if state is not None]
         self.calibrated = not any(bool(state.isnan().any()) for state in stored)
 

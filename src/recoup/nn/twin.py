@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn.fake_quantizer import FakeQuantizer
-from recoup.numerics import extrema
 from recoup.schemes import Scheme
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -64,8 +63,7 @@ def weight_quantizer(weight: Tensor, scheme: Scheme, path: str) -> FakeQuantizer
     quantizer = FakeQuantizer(scheme.weights, rows=weight.shape[0], columns=weight.shape[1])
     quantizer.path = f"{path}.weight"
     quantizer.to(weight.device)
-    with torch.no_grad():
-        quantizer.set_range(*extrema(weight, scheme.weights.granularity))
+    quantizer.fit(weight.detach())
     return quantizer
 
 

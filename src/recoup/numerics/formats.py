@@ -1,39 +1,45 @@
-"""The grids of representable values: what a number can be once it has `bits` bits.
+"""What a format is: the grid of values that a number can have once it has `bits` bits.
 
-A format is data. It is described by a few counts, everything else follows from them, and no other
-file asks which kind it has in hand: every format answers the same five questions.
+A format is data. It is described by a few counts or a table, everything else follows from them, and no
+other file asks which kind it has in hand: every format answers the same questions.
 
     lo, hi          the smallest and the largest value, between which values saturate
     floor           the smallest positive value that is safe to divide by (for scale formats)
-    rint(x)         the nearest value of the grid, ties to even; not yet saturated
+    has_zero        0 is one of the values
+    rint(x)         the nearest value of the grid; beyond its ends something beyond them, not yet saturated
     encode(values)  the bit pattern of grid values, one code in each byte
     decode(codes)   the grid values of bit patterns
+    step_gradient   what a learned scale's gradient has to know
 
-Values live in float32, in which every grid here is exact. This file knows nothing of scales: see
-`quantize.py` for those, and `granularity.py` for how many values share one.
+The kinds are integers (`integers.py`), floating point (`floats.py`) and tables of levels (`levels.py`).
+Values live in float32, in which every grid is exact. Formats know nothing of scales: see `quantize.py` for
+those, and `granularity.py` for how many values share one.
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-_EXPONENT_BITS_OF_FLOAT32 = 0x7F80_0000
-_SMALLEST_NORMAL = 2.0**-126
 
+@dataclass(frozen=True, kw_only=True)
+class StepGradient:
+    """What the gradient of a learned scale has to know of a format, in units of the scale.
 
-def power_of_two_below(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """The largest power of two that is at most |x|; 0 for subnormal x, infinity for infinity and NaN.
-
-    Exact: it is x with its sign and mantissa bits cleared.
-
-    >>> power_of_two_below(torch.tensor([0.75, 1.0, -7.9]))
-    tensor([0.5000, 1.0000, 4.0000])
+    Args:
+        lo: below it x is outside: its gradient stops, and the scale's is the lowest value.
+        hi: above it x is outside.
+        levels: Q_P of the gradient's factor 1 / sqrt(N Q_P) (LSQ, Esser et al. 2020, section 2.2).
+        follows_x: inside, the value is x and a rounding error, so that the scale's gradient is the error.
+            False where a code is no more than a sign: the scale's gradient is then the value.
     """
-    return (x.float().view(torch.int32) & _EXPONENT_BITS_OF_FLOAT32).view(torch.float32)
+
+    lo: float
+    hi: float
+    levels: float
+    follows_x: bool = True
 
 
 @runtime_checkable
@@ -71,12 +77,22 @@ class Format(Protocol):
         ...
 
     @property
+    def has_zero(self) -> bool:
+        """0 is one of the values."""
+        ...
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """What `encode` returns: int8 or uint8."""
         ...
 
+    @property
+    def step_gradient(self) -> StepGradient:
+        """What a learned scale's gradient has to know."""
+        ...
+
     def rint(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The nearest value, ties to even, before saturation."""
+        """The nearest value, before saturation; each format says where ties go."""
         ...
 
     def encode(self, values: Float[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
@@ -86,258 +102,3 @@ class Format(Protocol):
     def decode(self, codes: Shaped[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """The values of codes."""
         ...
-
-
-@dataclass(frozen=True)
-class IntFormat:
-    """Integers of 2 to 8 bits; a code is the integer itself.
-
-    Args:
-        bits: width, 2 to 8.
-        signed: two's complement, or counting from 0.
-        narrow: leave out the most negative value, so that the grid is symmetric around 0.
-
-    Raises:
-        ValueError: bits outside 2 to 8, or a narrow unsigned grid.
-
-    >>> IntFormat(4).lo, IntFormat(4).hi, IntFormat(4, narrow=True).lo, IntFormat(4, signed=False).hi
-    (-8.0, 7.0, -7.0, 15.0)
-    """
-
-    bits: int
-    signed: bool = field(default=True, kw_only=True)
-    narrow: bool = field(default=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"IntFormat: {self.bits} bits asked; 2 to 8 are possible")
-        if self.narrow and not self.signed:
-            raise ValueError("IntFormat: an unsigned grid has no most negative value to leave out")
-
-    @property
-    def name(self) -> str:
-        """As in "int4", "uint8"."""
-        return f"{'' if self.signed else 'u'}int{self.bits}"
-
-    @property
-    def mantissa_bits(self) -> int:
-        """`hi` is a leading one and this many further ones."""
-        return self.bits - 1 - self.signed
-
-    @property
-    def lo(self) -> float:
-        """The most negative integer."""
-        return float(-(2 ** (self.bits - 1)) + self.narrow) if self.signed else 0.0
-
-    @property
-    def hi(self) -> float:
-        """The largest integer."""
-        return float(2 ** (self.bits - self.signed) - 1)
-
-    @property
-    def floor(self) -> float:
-        """The smallest positive integer."""
-        return 1.0
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        """int8 or uint8."""
-        return torch.int8 if self.signed else torch.uint8
-
-    def rint(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The nearest integer, ties to even."""
-        return torch.round(x).add_(0.0)  # integers have no -0
-
-    def encode(self, values: Float[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
-        """The integers as int8 or uint8."""
-        return values.to(self.code_dtype)
-
-    def decode(self, codes: Shaped[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The integers as float32."""
-        return codes.float()
-
-
-@dataclass(frozen=True)
-class FloatFormat:
-    """Binary floating point with subnormals: sign, exponent, mantissa.
-
-    Args:
-        exponent_bits: 1 to 8.
-        mantissa_bits: 0 to 23.
-        specials: which codes are not numbers. "none": every code is a number (FP4, FP6; OCP
-            Microscaling v1.0, section 5.3). "nan": the all-ones code is NaN and there is no infinity
-            (E4M3 of OCP 8-bit floating point, v1.0). "ieee": the top exponent holds infinity and NaN.
-
-    The bias is IEEE's, 2^(exponent_bits - 1) - 1. Rounding keeps the sign of zero.
-
-    Raises:
-        ValueError: bit counts that float32 arithmetic cannot hold.
-
-    >>> FloatFormat(2, 1).hi, FloatFormat(4, 3, specials="nan").hi, FloatFormat(5, 2, specials="ieee").hi
-    (6.0, 448.0, 57344.0)
-    """
-
-    exponent_bits: int
-    mantissa_bits: int
-    specials: Literal["none", "nan", "ieee"] = field(default="none", kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not (1 <= self.exponent_bits <= 8 and 0 <= self.mantissa_bits <= 23):
-            raise ValueError(
-                f"FloatFormat: {self.exponent_bits} exponent and {self.mantissa_bits} mantissa bits asked; "
-                "1 to 8 and 0 to 23 are possible"
-            )
-        if self.exponent_bits == 8 and self.specials != "ieee":
-            raise ValueError('FloatFormat: 8 exponent bits reach past float32 unless specials="ieee"')
-
-    @property
-    def name(self) -> str:
-        """As in "e2m1"."""
-        return f"e{self.exponent_bits}m{self.mantissa_bits}"
-
-    @property
-    def bits(self) -> int:
-        """Sign, exponent and mantissa together."""
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def bias(self) -> int:
-        """What is subtracted from the exponent field."""
-        return 2 ** (self.exponent_bits - 1) - 1
-
-    @property
-    def _smallest_exponent(self) -> int:
-        return 1 - self.bias
-
-    @property
-    def hi(self) -> float:
-        """The largest finite value."""
-        return self._value(self._largest_number)
-
-    @property
-    def _largest_number(self) -> int:
-        codes_above = {"none": 0, "nan": 1, "ieee": 2**self.mantissa_bits}[self.specials]
-        return 2 ** (self.bits - 1) - 1 - codes_above
-
-    def _value(self, magnitude: int) -> float:
-        field_, mantissa = divmod(magnitude, 2**self.mantissa_bits)
-        if magnitude > self._largest_number:
-            return float("inf") if self.specials == "ieee" and mantissa == 0 else float("nan")
-        significand = mantissa + 2**self.mantissa_bits * (field_ > 0)  # field 0 has no leading one
-        return significand * 2.0 ** (max(field_, 1) - self.bias - self.mantissa_bits)
-
-    @property
-    def lo(self) -> float:
-        """The most negative finite value."""
-        return -self.hi
-
-    @property
-    def floor(self) -> float:
-        """The smallest positive value, or float32's smallest normal one if that is larger."""
-        return max(2.0 ** (self._smallest_exponent - self.mantissa_bits), _SMALLEST_NORMAL)
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        """uint8: formats of up to 8 bits have codes; wider ones serve for scales only."""
-        return torch.uint8
-
-    def _ulp(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        binade = power_of_two_below(x).clamp(2.0**self._smallest_exponent, 2.0**127)
-        return binade * 2.0**-self.mantissa_bits
-
-    def rint(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The nearest value, ties to the even mantissa, as if the exponent had no upper end."""
-        ulp = self._ulp(x)
-        return torch.round(x / ulp) * ulp
-
-    def encode(self, values: Float[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
-        """The bit patterns of values that lie on the grid, sign in the highest bit."""
-        ulp = self._ulp(values)
-        mantissa = (values.abs() / ulp).to(torch.int32)  # with its leading one, for normal values
-        # The leading one carries into the exponent field, which is how subnormals get field 0.
-        exponent = (ulp.view(torch.int32) >> 23) - 127 + self.mantissa_bits
-        magnitude = mantissa + ((exponent - self._smallest_exponent) << self.mantissa_bits)
-        return (magnitude + (torch.signbit(values).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
-
-    def decode(self, codes: Shaped[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The values of bit patterns; NaN and infinity where the format has them."""
-        return torch.tensor(self._values, device=codes.device)[codes.long()]
-
-    @cached_property
-    def _values(self) -> list[float]:
-        """The value of every code, in order."""
-        magnitudes = [self._value(magnitude) for magnitude in range(2 ** (self.bits - 1))]
-        return magnitudes + [-magnitude for magnitude in magnitudes]
-
-
-@dataclass(frozen=True)
-class PowerOfTwo:
-    """E8M0, the scale of OCP Microscaling v1.0 (section 5.4): 2^(code - 127), code 255 is NaN, no zero.
-
-    >>> PowerOfTwo().encode(torch.tensor([0.5, 1.0, 2.0]))
-    tensor([126, 127, 128], dtype=torch.uint8)
-    """
-
-    @property
-    def name(self) -> str:
-        """As the specification calls it."""
-        return "e8m0"
-
-    @property
-    def bits(self) -> int:
-        """One byte."""
-        return 8
-
-    @property
-    def mantissa_bits(self) -> int:
-        """None: a power of two is its leading one."""
-        return 0
-
-    @property
-    def lo(self) -> float:
-        """The smallest value: there is neither a sign nor a zero."""
-        return 2.0**-127
-
-    @property
-    def hi(self) -> float:
-        """The largest value."""
-        return 2.0**127
-
-    @property
-    def floor(self) -> float:
-        """The smallest value."""
-        return self.lo
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        """uint8."""
-        return torch.uint8
-
-    def rint(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The nearest power of two, ties away from zero (there are no even ones); 0 becomes the smallest.
-
-        The MX rules of `scale_rules.py` give powers of two already, which this leaves as they are.
-        """
-        binade = power_of_two_below(x).clamp(min=self.lo)
-        return binade * torch.where(x >= 1.5 * binade, 2.0, 1.0)
-
-    def encode(self, values: Float[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
-        """The biased exponents."""
-        exponents = values.view(torch.int32) >> 23
-        return exponents.to(torch.uint8)
-
-    def decode(self, codes: Shaped[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """2^(code - 127)."""
-        values = [2.0 ** (code - 127) for code in range(255)] + [float("nan")]
-        return torch.tensor(values, device=codes.device)[codes.long()]
-
-
-E2M1 = FloatFormat(2, 1)  # FP4; OCP Microscaling v1.0, table 5
-E2M3 = FloatFormat(2, 3)  # FP6
-E3M2 = FloatFormat(3, 2)  # FP6
-E4M3 = FloatFormat(4, 3, specials="nan")  # FP8; OCP 8-bit floating point v1.0, "E4M3FN" elsewhere
-E5M2 = FloatFormat(5, 2, specials="ieee")
-E8M0 = PowerOfTwo()
-FLOAT16 = FloatFormat(5, 10, specials="ieee")
-BFLOAT16 = FloatFormat(8, 7, specials="ieee")
-FLOAT32 = FloatFormat(8, 23, specials="ieee")

@@ -8,18 +8,32 @@ w8a8            int8 weights, one scale per channel; int8 inputs per token. `-st
 w8a8-ort        int8 weights per channel, uint8 inputs per tensor: onnxruntime's MatMulInteger
 fp8 ...         E4M3; per channel and token, per tensor (`-static`), or DeepSeek's 128 x 128 blocks
 mx...           OCP Microscaling v1.0: blocks of 32, E8M0 scales
-nvfp4           blocks of 16, E4M3 scales, one float32 scale per tensor
+nvfp4           blocks of 16, E4M3 scales, one float32 scale per tensor. `-2d`: weights in blocks of 16 x 16;
+                `-4over6`: the largest weight of a block becomes 6 or 4, whichever errs less
 ...a16          float inputs
+q8_0, q4_0, q4_1, mxfp4-gguf, tq2_0
+                llama.cpp's types of these names, with the inputs as its CPU kernels quantize them
+nf4             QLoRA's levels, without its double quantization of scales
+w1a16-seq, ...  ParetoQ's 1, 1.58 and 2 bits per channel, for learned scales
 """
 
 from dataclasses import replace
 from difflib import get_close_matches
 
 from recoup.numerics import (
+    BINARY,
     E2M1,
     E2M3,
     E4M3,
     E8M0,
+    FLOAT16,
+    FLOAT32,
+    MXINT8,
+    NF4,
+    STRETCHED,
+    TERNARY,
+    ElementFormat,
+    FixedFormat,
     FloatFormat,
     Granularity,
     IntFormat,
@@ -39,7 +53,7 @@ def _int_weights(bits: int, granularity: Granularity, rule: ScaleRule = "half-ra
     return QuantSpec(format=grid, granularity=granularity, scale_rule=rule, ranges="static")
 
 
-def _mx(grid: FloatFormat, ranges: str) -> QuantSpec:
+def _mx(grid: FloatFormat | FixedFormat, ranges: str) -> QuantSpec:
     # Round the block scale so that its largest element never saturates: what NVIDIA's conversion does, and
     # better on language models than the specification's floor (AutoRound's Llama-3.1 table: 0.603 to 0.575).
     spec = QuantSpec(
@@ -64,6 +78,29 @@ _NVFP4 = QuantSpec(
     global_scale=True,
     ranges="dynamic",
 )
+
+
+# What ggml's CPU kernels multiply by (ggml, src/ggml-cpu/ggml-cpu.c: vec_dot_type), and how it is made
+# (src/ggml-quants.c: quantize_row_q8_0_ref, _q8_1_ref, _q8_K_ref). Q8_1 is Q8_0 and the sum of a block.
+_Q8_0 = QuantSpec(
+    format=IntFormat(8, narrow=True),
+    granularity=per_group(32),
+    scale_rule="narrow",
+    scale_format=FLOAT16,
+    ranges="dynamic",
+)
+_Q8_K = replace(_Q8_0, granularity=per_group(256), scale_rule="signed-max", scale_format=FLOAT32)
+
+
+def _gguf(grid: IntFormat, rule: ScaleRule, group: int = 32) -> QuantSpec:
+    granularity = per_group(group)
+    return QuantSpec(
+        format=grid, granularity=granularity, scale_rule=rule, scale_format=FLOAT16, ranges="static"
+    )
+
+
+def _of_range(grid: ElementFormat, granularity: Granularity, rule: ScaleRule = "amax") -> QuantSpec:
+    return QuantSpec(format=grid, granularity=granularity, scale_rule=rule, ranges="static")
 
 
 def _static(spec: QuantSpec, granularity: Granularity | None = None) -> QuantSpec:
@@ -114,9 +151,27 @@ _TABLE: list[Scheme] = [
     Scheme(name="mxfp6", weights=_mx(E2M3, "static"), inputs=_mx(E2M3, "dynamic")),
     Scheme(name="mxfp4", weights=_mx(E2M1, "static"), inputs=_mx(E2M1, "dynamic")),
     Scheme(name="mxfp4a16", weights=_mx(E2M1, "static")),
+    Scheme(name="mxint8", weights=_mx(MXINT8, "static"), inputs=_mx(MXINT8, "dynamic")),
     # NVFP4
     Scheme(name="nvfp4", weights=_static(_NVFP4), inputs=_NVFP4),
     Scheme(name="nvfp4a16", weights=_static(_NVFP4)),
+    Scheme(name="nvfp4-2d", weights=_static(_NVFP4, per_block(16, 16)), inputs=_NVFP4),
+    Scheme(
+        name="nvfp4-4over6",
+        weights=replace(_static(_NVFP4), scale_rule="four-over-six"),
+        inputs=_NVFP4,
+    ),
+    # llama.cpp
+    Scheme(name="q8_0", weights=_static(_Q8_0), inputs=_Q8_0),
+    Scheme(name="q4_0", weights=_gguf(IntFormat(4), "signed-max"), inputs=_Q8_0),
+    Scheme(name="q4_1", weights=_gguf(IntFormat(4, signed=False), "min-max"), inputs=_Q8_0),
+    Scheme(name="mxfp4-gguf", weights=replace(_mx(E2M1, "static"), scale_rule="floor"), inputs=_Q8_0),
+    Scheme(name="tq2_0", weights=_gguf(IntFormat(2, narrow=True), "narrow", 256), inputs=_Q8_K),
+    # tables of levels
+    Scheme(name="nf4", weights=_of_range(NF4, per_group(64))),
+    Scheme(name="w1a16-seq", weights=_of_range(BINARY, per_channel, "mean")),
+    Scheme(name="w1.58a16-seq", weights=_of_range(TERNARY, per_channel)),
+    Scheme(name="w2a16-seq", weights=_of_range(STRETCHED, per_channel)),
 ]
 
 PRESETS: dict[str, Scheme] = {scheme.name: scheme for scheme in _TABLE}
@@ -144,7 +199,8 @@ def preset(name: str) -> Scheme:
     if int(size) < 1:
         raise ValueError(f"{name!r}: a group of {size} asked; a group has at least one element")
     weights = scheme.weights
-    if weights.granularity != per_group(32) or not isinstance(weights.format, IntFormat):
+    grouped = weights.granularity == per_group(32) and weights.scale_format == FLOAT32
+    if not (grouped and isinstance(weights.format, IntFormat)):
         raise ValueError(f"{name!r}: the blocks of {stem!r} are part of its format and cannot be changed")
     group = per_group(int(size))
     inputs = scheme.inputs

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from recoup.numerics import Ranges
+from recoup.numerics.kernels import Choice
 from recoup.schemes.limit import Limit
 from recoup.schemes.parse import parse
 from recoup.schemes.presets import preset
@@ -203,6 +204,10 @@ class Recipe(_Section):
     rules: tuple[Rule, ...] = ()
     weight_ranges: Ranges | None = Field(
         default=None, description='replaces the ranges of every weight spec; "learned" trains the scales too'
+    )
+    impl: Choice = Field(
+        default="auto",
+        description="how fake quantization is computed: reference, fused, compiled, or auto; the same values",
     )
     calibration: CalibrationSettings = CalibrationSettings()
     rungs: tuple[Rung, ...] = Field(default=("rtn", "mse", "qat"), min_length=1)

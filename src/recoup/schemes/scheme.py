@@ -2,7 +2,19 @@
 
 from dataclasses import dataclass
 
-from recoup.numerics import FLOAT32, QuantSpec
+from pydantic import with_config
+
+from recoup.numerics import (
+    FLOAT32,
+    FixedFormat,
+    FloatFormat,
+    Granularity,
+    IntFormat,
+    LevelFormat,
+    PowerOfTwo,
+    QuantSpec,
+    StretchedFormat,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +52,11 @@ class Scheme:
         return (
             self.weights.format.bits + self.weights.bits_per_scale / per_scale + per_tensor / (rows * columns)
         )
+
+
+# A misspelt key in a recipe is an error, and never one format taken for another.
+for noun in (
+    *(IntFormat, FixedFormat, FloatFormat, LevelFormat, StretchedFormat, PowerOfTwo),
+    *(Granularity, QuantSpec, Scheme),
+):
+    with_config(extra="forbid")(noun)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, call
+from recoup.nn import Batch, NonFiniteError, call
 
 
 class NonFiniteLossError(RuntimeError):
@@ -17,7 +17,8 @@ class NonFiniteLossError(RuntimeError):
 def first_nonfinite_module(model: nn.Module, batch: Batch) -> str:
     """The first module, in the order of execution, whose parameters or output hold a non-finite value.
 
-    Runs the model once more on the batch. Never changes it.
+    Or the first tensor that is to be quantized and holds one, by its own name. Runs the model once more on
+    the batch. Never changes it.
     """
     found: list[str] = []
 
@@ -37,6 +38,8 @@ def first_nonfinite_module(model: nn.Module, batch: Batch) -> str:
     ]
     try:
         call(model, batch)
+    except NonFiniteError as error:
+        found.append(error.tensor)
     finally:
         for handle in handles:
             handle.remove()

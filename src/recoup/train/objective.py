@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, FakeQuantizer, call, moved
+from recoup.nn import Batch, FakeQuantizer, NonFiniteError, call, moved
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.losses import build_loss, needs_teacher
 
@@ -44,7 +44,10 @@ class Objective:
         """The mean loss of batches that nobody trains on, in eval mode; infinity where it is not finite."""
         modes = {module: module.training for module in student.modules()}
         student.eval()
-        value = sum(float(self(student, batch)) for batch in batches) / len(batches)
+        try:
+            value = sum(float(self(student, batch)) for batch in batches) / len(batches)
+        except NonFiniteError:
+            value = math.inf
         for module, mode in modes.items():
             module.training = mode
         return value if math.isfinite(value) else math.inf

@@ -11,12 +11,12 @@ from recoup.nn import FakeQuantizer
 def param_groups(
     model: nn.Module, lr: float, scale_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The groups for an optimizer: weights with decay, biases and norms without, learned scales apart.
+    """The groups for an optimizer: weights with decay, biases and norms without, what quantizers learn apart.
 
     Args:
         model: prepared.
         lr: of everything but the scales.
-        scale_lr: of learned scales; `lr` where None.
+        scale_lr: of learned scales and offsets; `lr` where None.
         weight_decay: of tensors with two or more dimensions that are no scales.
 
     >>> import torch
@@ -52,9 +52,9 @@ def check_scales_are_trained(model: nn.Module, optimizer: Optimizer) -> None:
 
 def _scales(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
-        f"{name}.scale": quantizer.scale
+        f"{name}.{leaf}": parameter
         for name, quantizer in model.named_modules()
         if isinstance(quantizer, FakeQuantizer)
-        and isinstance(quantizer.scale, nn.Parameter)
-        and quantizer.scale.requires_grad
+        for leaf, parameter in quantizer.named_parameters()
+        if parameter.requires_grad
     }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, device_of, moved, quantization_off
+from recoup.nn import Batch, NonFiniteError, device_of, moved, quantization_off
 from recoup.progress import progress
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.activations import activations_recomputed
@@ -198,17 +198,23 @@ class _Training:
         delayed = self.step <= self.settings.start_step
         lattice = quantization_off(self.model) if delayed else nullcontext()
         with self.accelerator.accumulate(self.wrapped), lattice:
-            loss = self.objective(self.wrapped, batch)
+            try:
+                loss = self.objective(self.wrapped, batch)
+            except NonFiniteError:
+                raise self._stopped_by(math.nan, batch) from None
             value = float(loss.detach())
             if not math.isfinite(value):
-                culprit = first_nonfinite_module(self.model, batch)
-                raise NonFiniteLossError(f"step {self.step}: the loss is {value}; first in {culprit}")
+                raise self._stopped_by(value, batch)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
                 self._clip()
             self.stepper.step()
             self.stepper.zero_grad()
         return value / self.settings.accumulate
+
+    def _stopped_by(self, loss: float, batch: Batch) -> NonFiniteLossError:
+        culprit = first_nonfinite_module(self.model, batch)
+        return NonFiniteLossError(f"step {self.step}: the loss is {loss}; first in {culprit}")
 
     def _clip(self) -> None:
         parameters = [p for p in self.model.parameters() if p.grad is not None]

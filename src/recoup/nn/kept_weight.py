@@ -1,0 +1,62 @@
+"""The codes of a weight, decided once for each value that it takes.
+
+They serve every forward and backward pass, of every micro-batch and every recomputation of a checkpointed
+activation, until the weight may have changed. A stale code would train another model than it seems to, so
+this file is about how a change is noticed:
+
+plain           what writes in place, an optimizer or anyone under no_grad, moves the tensor's version number
+`.data`         moves no version number; but an optimizer that writes so takes a step, and every step of any
+                torch.optim.Optimizer counts here
+FSDP2           gathers the unsharded parameter anew without moving its version number; what changes the
+                shards is an optimizer's step, or `load_state_dict`, which counts too
+torch.compile   never comes here: a compiled model runs the equation, which inductor fuses itself
+
+What stays unseen is a write through `.data` by other hands than an optimizer's.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from recoup.nn.fake_quantizer import FakeQuantizer
+from recoup.numerics import QParams
+from recoup.numerics.kernels import KERNELS, Kept
+
+_kept: WeakKeyDictionary[FakeQuantizer, tuple[tuple[Any, ...], Kept]] = WeakKeyDictionary()
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@torch.no_grad()
+def kept_weight(quantizer: FakeQuantizer, weight: Tensor, qparams: QParams) -> Kept:
+    """The codes of a weight's 2-D view; decided again only if it, or its scales, may have changed.
+
+    Raises:
+        NonFiniteError: the weight is not finite.
+    """
+    state = [weight, *quantizer.parameters(), *quantizer.buffers()]
+    if any(tensor.is_inference() for tensor in state):  # those have no version number
+        return _decided(quantizer, weight, qparams)
+    seen = [(tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in state]  # pyright: ignore[reportPrivateUsage]
+    key = (_steps, quantizer.loads, torch.is_inference_mode_enabled(), *seen)
+    found = _kept.pop(quantizer, None)
+    if found is None or found[0] != key:
+        found = None  # the codes before need not outlive the making of these
+        found = key, _decided(quantizer, weight, qparams)
+    _kept[quantizer] = found
+    return found[1]
+
+
+def _decided(quantizer: FakeQuantizer, weight: Tensor, qparams: QParams) -> Kept:
+    quantizer.check(weight, qparams)
+    return KERNELS[quantizer.impl].keep(weight, qparams, quantizer.spec)

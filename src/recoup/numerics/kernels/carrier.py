@@ -1,0 +1,90 @@
+"""The byte in which a value of a format is kept, so that few and simple operations get it back.
+
+The bit pattern of a float format takes shifts and a table to decode. But the values of every integer, FP4
+and some FP6 formats are small multiples of one number, so a signed byte holds the multiple: an int8 to
+float32 copy and one multiplication restore it. Such a byte has room beyond the format's ends too, and a
+value that saturated is kept there: the codes imply where the straight-through gradient is 0. Formats that
+fill all 256 bytes, or whose values are no such multiples, are kept without that mark.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from recoup.numerics.formats import Format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carrier:
+    """How to keep the values of one format.
+
+    Args:
+        grid: the format.
+        unit: what a kept byte is multiplied by; None where bytes are the format's codes.
+        below: what a value that saturated downwards is clamped to, as far as a byte reaches.
+        above: the same upwards. With (below, above) = (lo, hi) nothing is marked.
+    """
+
+    grid: Format
+    unit: float | None
+    below: float
+    above: float
+
+    @property
+    def marks(self) -> bool:
+        """A kept byte tells whether its value saturated."""
+        return self.above > self.grid.hi
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the bytes."""
+        return self.grid.code_dtype if self.unit is None else torch.int8
+
+    def pack(self, rounded: Tensor) -> Tensor:
+        """Bytes of float32 values on the grid, which may lie beyond its ends."""
+        values = rounded.clamp(self.below, self.above)
+        if self.unit is None:
+            return self.grid.encode(values)
+        return (values if self.unit == 1 else values / self.unit).to(torch.int8)
+
+    def unpack(self, kept: Tensor, out: Tensor) -> Tensor:
+        """The values of bytes, saturated, written into a float32 tensor."""
+        if self.unit is None:
+            return out.copy_(self.grid.decode(kept))
+        out.copy_(self._saturated(kept) if self.marks else kept)
+        return out if self.unit == 1 else out.mul_(self.unit)
+
+    def inside(self, kept: Tensor) -> Tensor:
+        """1 where a value did not saturate, else 0; as int8, because torch is slow with bool on a CPU."""
+        return self._saturated(kept).sub_(kept).abs_().clamp_(max=1).neg_().add_(1)
+
+    def _saturated(self, kept: Tensor) -> Tensor:
+        assert self.unit is not None, "codes say nothing of saturation"
+        return kept.clamp(round(self.grid.lo / self.unit), round(self.grid.hi / self.unit))
+
+
+@cache
+def carrier_of(grid: Format) -> Carrier:
+    """The carrier of a format.
+
+    >>> from recoup.numerics import E2M1, E4M3, IntFormat
+    >>> carrier_of(E2M1).unit, carrier_of(IntFormat(4)).above, carrier_of(E4M3).unit
+    (0.5, 14.0, None)
+    """
+    unit, lo, hi = grid.floor, grid.lo, grid.hi
+    multiples = _numbers(grid) / unit
+    fits = lo / unit >= -128 and hi / unit <= 127 and torch.equal(multiples, multiples.round())
+    if not fits or math.frexp(unit)[0] != 0.5:  # a power of two divides without rounding
+        return Carrier(grid=grid, unit=None, below=lo, above=hi)
+    below, above = (2 * lo if lo < 0 else -unit), 2 * hi
+    if below / unit < -128 or above / unit > 127:
+        below, above = lo, hi
+    return Carrier(grid=grid, unit=unit, below=below, above=above)
+
+
+def _numbers(grid: Format) -> Tensor:
+    numbers = grid.decode(torch.arange(2**grid.bits).to(grid.code_dtype))
+    return numbers[numbers.isfinite()]

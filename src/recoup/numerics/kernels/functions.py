@@ -1,0 +1,188 @@
+"""Fake quantization, and a whole linear layer, as functions that keep bytes where autograd keeps floats.
+
+`linear` is y = Q(x) Q(W)^T + b. Written with `fake_quantize`, autograd keeps Q(x) and Q(W) in float32, and a
+mask for each. Here their codes are kept, and both passes dequantize them; values and gradients are the same.
+In float, and where a scale is learned, x itself is kept too.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recoup.numerics import fake_quantize as reference
+from recoup.numerics.kernels.choose import Kernels
+from recoup.numerics.kernels.kept import Kept, may_saturate
+from recoup.numerics.spec import QParams, QuantSpec
+
+_FIELDS = tuple(field.name for field in fields(QParams))
+_buffers = threading.local()
+
+
+def fake_quantize(
+    x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec, kernels: Kernels
+) -> Float[Tensor, "r c"]:
+    """See `numerics.fake_quantize`."""
+    return cast(Tensor, _FakeQuantize.apply(x, kernels, spec, *_tensors(qparams)))
+
+
+def linear(
+    x: Float[Tensor, "n i"],
+    of_x: tuple[QParams, QuantSpec] | None,
+    weight: Float[Tensor, "o i"],
+    of_weight: QParams,
+    codes: Kept,
+    bias: Float[Tensor, " o"] | None,
+    kernels: Kernels,
+) -> Float[Tensor, "n o"]:
+    """F.linear(fake_quantize(x), fake_quantize(weight), bias).
+
+    Args:
+        x: the input.
+        of_x: its qparams and lattice; None leaves it in float.
+        weight: the master weight, which gets the gradient.
+        of_weight: its qparams, which get one where they are learned.
+        codes: what `kernels.keep` makes of both.
+        bias: or none.
+        kernels: an implementation.
+    """
+    qparams, spec = (None, None) if of_x is None else of_x
+    given = (codes, spec, kernels, *_tensors(qparams), *_tensors(of_weight))
+    return cast(Tensor, _Linear.apply(x, weight, bias, *given))
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A quantized tensor, or x in float: what is kept of it, its values, and its gradients."""
+
+    kernels: Kernels
+    whole: Tensor | None
+    codes: Kept | None
+
+    @classmethod
+    def of(cls, kernels: Kernels, spec: QuantSpec | None, saved: Sequence[Tensor | None]) -> "_Factor":
+        """The inverse of `saved`."""
+        whole, values, saturated, *qparams = saved
+        if spec is None:
+            return cls(kernels, whole, None)
+        assert values is not None, "codes were saved"
+        kept = Kept(values=values, saturated=saturated, qparams=_qparams(qparams), spec=spec)
+        return cls(kernels, whole, kept)
+
+    @property
+    def spec(self) -> QuantSpec | None:
+        return None if self.codes is None else self.codes.spec
+
+    def saved(self) -> tuple[Tensor | None, ...]:
+        """What the backward pass needs, as tensors that autograd's hooks may move or drop."""
+        if self.codes is None:
+            return self.whole, None, None, *_tensors(None)
+        whole = self.whole if self.codes.spec.ranges == "learned" else None
+        return whole, self.codes.values, self.codes.saturated, *_tensors(self.codes.qparams)
+
+    def values(self, out: Tensor) -> Tensor:
+        """What takes part in the product, in the memory of `out` or in its own."""
+        if self.codes is not None:
+            return self.kernels.restore(self.codes, out)
+        assert self.whole is not None, "a factor without codes is in float"
+        return self.whole.to(out.dtype)
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the tensor and of its qparams, from that of its values, which is written over."""
+        if self.codes is None:
+            return grad, *_tensors(None)
+        if self.codes.spec.ranges != "learned":
+            return self.kernels.clip_(grad, self.codes), *_tensors(None)
+        leaves = [None if t is None else t.detach() for t in (self.whole, *_tensors(self.codes.qparams))]
+        trained = [leaf.requires_grad_() for leaf in leaves if leaf is not None and leaf.is_floating_point()]
+        with torch.enable_grad():
+            y = reference(cast(Tensor, leaves[0]), _qparams(leaves[1:]), self.codes.spec)
+        found = torch.autograd.grad(y, trained, grad, allow_unused=True)
+        by_leaf = dict(zip(map(id, trained), found, strict=True))
+        return tuple(by_leaf.get(id(leaf)) for leaf in leaves)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Kernels, spec: QuantSpec, *qparams: Tensor | None) -> Tensor:
+        factor = _Factor(kernels, x, kernels.keep(x, _qparams(qparams), spec))
+        ctx.kernels, ctx.spec = kernels, spec
+        ctx.save_for_backward(*factor.saved())
+        return factor.values(torch.empty_like(x, memory_format=torch.contiguous_format))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        factor = _Factor.of(ctx.kernels, ctx.spec, ctx.saved_tensors)
+        owned = grad.clone() if may_saturate(ctx.spec) else grad
+        of_x, *of_qparams = factor.gradients(owned)
+        return of_x, None, None, *of_qparams
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        codes: Kept,
+        spec: QuantSpec | None,
+        kernels: Kernels,
+        *qparams: Tensor | None,
+    ) -> Tensor:
+        kept = None if spec is None else kernels.keep(x, _qparams(qparams[: len(_FIELDS)]), spec)
+        factors = _Factor(kernels, x, kept), _Factor(kernels, weight, codes)
+        ctx.kernels, ctx.specs = kernels, [factor.spec for factor in factors]
+        ctx.shapes = x.shape, weight.shape
+        ctx.save_for_backward(*(tensor for factor in factors for tensor in factor.saved()))
+        of_x = factors[0].values(_place("x", x.shape, x.dtype, x.device))
+        of_weight = factors[1].values(_place("weight", weight.shape, weight.dtype, x.device))
+        return F.linear(of_x, of_weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        half = len(ctx.saved_tensors) // 2
+        x = _Factor.of(ctx.kernels, ctx.specs[0], ctx.saved_tensors[:half])
+        weight = _Factor.of(ctx.kernels, ctx.specs[1], ctx.saved_tensors[half:])
+        places = [
+            _place(name, shape, grad.dtype, grad.device)
+            for name, shape in zip(("x", "weight"), ctx.shapes, strict=True)
+        ]
+        for_x, for_weight, for_bias, _, _, _, *for_qparams = ctx.needs_input_grad
+        of_x = of_weight = (None,) * (1 + len(_FIELDS))
+        if for_x or any(for_qparams[: len(_FIELDS)]):
+            of_x = x.gradients(grad @ weight.values(places[1]))
+        if for_weight or any(for_qparams[len(_FIELDS) :]):
+            of_weight = weight.gradients(grad.T @ x.values(places[0]))
+        bias = grad.sum(0) if for_bias else None
+        return of_x[0], of_weight[0], bias, None, None, None, *of_x[1:], *of_weight[1:]
+
+
+def _place(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for values that one product needs.
+
+    On a CPU it is the same memory every time, so that it lies in the cache, and the system need not find and
+    clear pages for it; elsewhere torch's allocator sees to that.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    held, slot = vars(_buffers), f"{name} {dtype}"
+    if slot not in held or held[slot].numel() < shape.numel():
+        held[slot] = torch.empty(shape.numel(), dtype=dtype)
+    return cast(Tensor, held[slot][: shape.numel()].view(shape))
+
+
+def _tensors(qparams: QParams | None) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(qparams, name, None) for name in _FIELDS)
+
+
+def _qparams(tensors: Sequence[Tensor | None]) -> QParams:
+    return QParams(**dict(zip(_FIELDS, tensors, strict=True)))  # pyright: ignore[reportArgumentType]

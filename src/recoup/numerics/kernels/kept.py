@@ -1,0 +1,171 @@
+"""What a layer keeps of a quantized tensor between its forward and its backward pass: one byte a value.
+
+    kept = keep(x, qparams, spec)       quantize, as `numerics.quantize` does, to the bytes of a `Carrier`
+    restore(kept, out)                  the values that `fake_quantize(x)` has, bit for bit
+    clip_(grad, kept)                   the straight-through gradient of x, in place
+
+On a CPU they run over pieces of rows that stay in the cache from one operation to the next, so that memory is
+read once and written once. `compiled.py` makes one kernel of each instead.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from recoup.numerics.floats import E8M0, FLOAT32
+from recoup.numerics.granularity import cut, spread
+from recoup.numerics.kernels.carrier import Carrier, carrier_of
+from recoup.numerics.quantize import position, shift_up
+from recoup.numerics.spec import QParams, QuantSpec
+
+# Elements of a piece. Quantizing makes some float32 copies of one, which have to fit in a core's cache;
+# restoring makes none, and a piece is only as small as a shared cache.
+PIECE, RESTORED_PIECE = 2**18, 2**21
+_REACHES_ALL = ("narrow", "no-clip", "pow2", "ceil", "rceil")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A quantized tensor as bytes, and what they mean.
+
+    Args:
+        values: one byte each, in the shape of the 2-D view.
+        qparams: with which they were decided.
+        spec: the lattice.
+        saturated: where the bytes do not tell, one bit for each value, eight to a byte; None where they tell
+            or nothing can saturate.
+    """
+
+    values: Shaped[Tensor, "r c"]
+    qparams: QParams
+    spec: QuantSpec
+    saturated: Tensor | None
+
+    @property
+    def carrier(self) -> Carrier:
+        """How the bytes are read."""
+        return carrier_of(self.spec.format)
+
+    @property
+    def nbytes(self) -> int:
+        """Without the scales."""
+        return self.values.nbytes + (0 if self.saturated is None else self.saturated.nbytes)
+
+
+def keep(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Kept:
+    """Quantize x to kept bytes.
+
+    >>> from recoup.numerics import IntFormat, QuantSpec, fake_quantize, per_group, qparams_of
+    >>> spec = QuantSpec(
+    ...     format=IntFormat(4), granularity=per_group(32), scale_rule="half-range", ranges="static"
+    ... )
+    >>> x = torch.randn(4, 64)
+    >>> kept = keep(x, qparams_of(x, spec), spec)
+    >>> torch.equal(restore(kept, torch.empty(4, 64)), fake_quantize(x, kept.qparams, spec)), kept.nbytes
+    (True, 256)
+    """
+    carrier = carrier_of(spec.format)
+    values = torch.empty(x.shape, dtype=carrier.dtype, device=x.device)
+    bits: list[Tensor] = []
+    for rows, of_rows in _pieces(x, qparams, spec, PIECE):
+        values[rows], saturated = encode(x[rows], of_rows, spec, carrier)
+        if saturated is not None:
+            bits.append(saturated)
+    packed = pack_bits(torch.cat(bits)) if bits else None
+    return Kept(values=values, qparams=qparams, spec=spec, saturated=packed)
+
+
+def encode(
+    x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec, carrier: Carrier
+) -> tuple[Tensor, Tensor | None]:
+    """The bytes of x, and 1 where its values saturate, if bytes alone do not tell."""
+    rounded = shift_up(spec.format.rint(position(x, qparams, spec)), qparams)
+    values = carrier.pack(rounded).reshape(x.shape)
+    if carrier.marks or not may_saturate(spec):
+        return values, None
+    beyond = rounded.clamp(spec.format.lo, spec.format.hi).sub_(rounded).abs_().clamp_(max=1).ceil_()
+    return values, beyond.to(torch.uint8).reshape(x.shape)  # a bool of it would take torch far longer
+
+
+def restore(kept: Kept, out: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
+    """The values, written into `out` (contiguous) and rounded to its dtype as `fake_quantize` does."""
+    for rows, of_rows in _pieces(kept.values, kept.qparams, kept.spec, RESTORED_PIECE):
+        if out.dtype == torch.float32:
+            decode(kept.values[rows], of_rows, kept.spec, kept.carrier, out[rows])
+        else:
+            place = torch.empty(out[rows].shape, dtype=torch.float32, device=out.device)
+            out[rows] = decode(kept.values[rows], of_rows, kept.spec, kept.carrier, place)
+    return out
+
+
+def decode(
+    values: Tensor, qparams: QParams, spec: QuantSpec, carrier: Carrier, out: Float[Tensor, "r c"]
+) -> Float[Tensor, "r c"]:
+    """What bytes stand for, written into float32; the steps of `numerics.dequantize`, in place."""
+    blocks = cut(out, spec.granularity)
+    carrier.unpack(cut(values, spec.granularity), blocks)
+    if qparams.zero_point is not None:
+        blocks.sub_(spread(qparams.zero_point))
+    blocks.mul_(spread(qparams.step))
+    if qparams.offset is not None:
+        blocks.add_(spread(qparams.offset))
+    return out
+
+
+def clip_(grad: Float[Tensor, "r c"], kept: Kept) -> Float[Tensor, "r c"]:
+    """The gradient of x from that of the values, in place: 0 where a value saturated."""
+    if not may_saturate(kept.spec):
+        return grad
+    if kept.saturated is not None:
+        return grad.mul_(1 - unpack_bits(kept.saturated, grad.numel()).reshape(grad.shape))
+    return grad.mul_(kept.carrier.inside(kept.values))
+
+
+def may_saturate(spec: QuantSpec) -> bool:
+    """Some value may lie beyond the grid, and its gradient is asked for.
+
+    Scales that come from the tensor itself, by a rule that puts the largest value on the end of the grid or
+    before it, leave nothing beyond: what the division rounds is far less than half a step.
+    """
+    if spec.gradient == "pass-through" or spec.ranges == "learned":
+        return False
+    exact = spec.scale_format in (FLOAT32, E8M0)
+    return not (spec.ranges == "dynamic" and exact and spec.scale_rule in _REACHES_ALL)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Eight of 0 and 1 to a byte. Neighbours go to neighbouring bytes, which is what vector units like.
+
+    >>> pack_bits(torch.tensor([1, 0, 0, 1], dtype=torch.uint8))
+    tensor([9], dtype=torch.uint8)
+    """
+    planes = torch.nn.functional.pad(bits.reshape(-1), (0, -bits.numel() % 8)).view(8, -1)
+    packed = planes[0].clone()
+    for place in range(1, 8):
+        packed |= planes[place] << place
+    return packed
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """The first `count` of them."""
+    return torch.stack([(packed >> place) & 1 for place in range(8)]).reshape(-1)[:count]
+
+
+def _pieces(x: Tensor, qparams: QParams, spec: QuantSpec, size: int) -> Iterator[tuple[slice, QParams]]:
+    """Slices of rows, and the qparams of the blocks in them."""
+    if x.device.type != "cpu" or x.numel() <= size:
+        yield slice(None), qparams
+        return
+    block = spec.granularity.rows
+    count = max(1, size // ((block or 1) * x.shape[1]))  # rows of blocks; or rows, which share all scales
+    for start in range(0, x.shape[0] // (block or 1), count):
+        rows = slice(start * (block or 1), (start + count) * (block or 1))
+        yield rows, qparams if block is None else _of_rows(qparams, slice(start, start + count))
+
+
+def _of_rows(qparams: QParams, rows: slice) -> QParams:
+    held = {field.name: getattr(qparams, field.name) for field in fields(qparams)}
+    return replace(qparams, **{k: v[rows] for k, v in held.items() if v is not None and v.ndim == 2})
