@@ -44,12 +44,11 @@ def fused_linear(
     Raises:
         NonFiniteError: x or the weight is not finite.
     """
-    view = x.reshape(-1, x.shape[-1])
     of_x = None
     if isinstance(input_quantizer, FakeQuantizer):
+        view = input_quantizer.view(x)
         of_x = input_quantizer.qparams(view), input_quantizer.spec
         input_quantizer.check(view, of_x[0])
     of_weight = weight_quantizer.qparams(weight)
     codes = kept_weight(weight_quantizer, weight, of_weight)
-    y = linear(view, of_x, weight, of_weight, codes, bias, KERNELS[weight_quantizer.impl])
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return linear(x, of_x, weight, of_weight, codes, bias, KERNELS[weight_quantizer.impl])

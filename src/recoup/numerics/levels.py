@@ -210,8 +210,8 @@ class StretchedFormat:
         return (integers + self.count // 2).to(torch.uint8)
 
     def decode(self, codes: Shaped[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The levels of indices."""
-        return torch.tensor(self._levels, device=codes.device)[codes.long()]
+        """The levels of indices, the last one for codes past it."""
+        return torch.tensor(self._levels, device=codes.device)[codes.long().clamp(max=self.count - 1)]
 
 
 # QLoRA (Dettmers et al. 2023, appendix E): quantiles of the normal distribution. The values and where ties

@@ -75,16 +75,15 @@ def carrier_of(grid: Format) -> Carrier:
     (0.5, 14.0, None)
     """
     unit, lo, hi = grid.floor, grid.lo, grid.hi
-    multiples = _numbers(grid) / unit
-    fits = lo / unit >= -128 and hi / unit <= 127 and torch.equal(multiples, multiples.round())
-    if not fits or math.frexp(unit)[0] != 0.5:  # a power of two divides without rounding
-        return Carrier(grid=grid, unit=None, below=lo, above=hi)
+    codes = Carrier(grid=grid, unit=None, below=lo, above=hi)
+    if math.frexp(unit)[0] != 0.5:  # no power of two, so that dividing by it would round
+        return codes
+    numbers = grid.decode(torch.arange(2**grid.bits).to(grid.code_dtype))
+    past_the_end = grid.rint(torch.linspace(1, 2, 65) * hi)
+    multiples = torch.cat([numbers[numbers.isfinite()], past_the_end]) / unit
+    if not torch.equal(multiples, multiples.round()) or lo / unit < -128 or hi / unit > 127:
+        return codes
     below, above = (2 * lo if lo < 0 else -unit), 2 * hi
     if below / unit < -128 or above / unit > 127:
         below, above = lo, hi
     return Carrier(grid=grid, unit=unit, below=below, above=above)
-
-
-def _numbers(grid: Format) -> Tensor:
-    numbers = grid.decode(torch.arange(2**grid.bits).to(grid.code_dtype))
-    return numbers[numbers.isfinite()]

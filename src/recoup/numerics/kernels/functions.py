@@ -33,14 +33,14 @@ def fake_quantize(
 
 
 def linear(
-    x: Float[Tensor, "n i"],
+    x: Float[Tensor, "*n i"],
     of_x: tuple[QParams, QuantSpec] | None,
     weight: Float[Tensor, "o i"],
     of_weight: QParams,
     codes: Kept,
     bias: Float[Tensor, " o"] | None,
     kernels: Kernels,
-) -> Float[Tensor, "n o"]:
+) -> Float[Tensor, "*n o"]:
     """F.linear(fake_quantize(x), fake_quantize(weight), bias).
 
     Args:
@@ -137,21 +137,24 @@ class _Linear(torch.autograd.Function):
         kernels: Kernels,
         *qparams: Tensor | None,
     ) -> Tensor:
-        kept = None if spec is None else kernels.keep(x, _qparams(qparams[: len(_FIELDS)]), spec)
-        factors = _Factor(kernels, x, kept), _Factor(kernels, weight, codes)
+        view = x.reshape(-1, x.shape[-1])
+        kept = None if spec is None else kernels.keep(view, _qparams(qparams[: len(_FIELDS)]), spec)
+        factors = _Factor(kernels, view, kept), _Factor(kernels, weight, codes)
         ctx.kernels, ctx.specs = kernels, [factor.spec for factor in factors]
-        ctx.shapes = x.shape, weight.shape
+        ctx.shape, ctx.shapes = x.shape, (view.shape, weight.shape)
         ctx.save_for_backward(*(tensor for factor in factors for tensor in factor.saved()))
-        of_x = factors[0].values(_place("x", x.shape, x.dtype, x.device))
+        of_x = factors[0].values(_place("x", view.shape, x.dtype, x.device))
         of_weight = factors[1].values(_place("weight", weight.shape, weight.dtype, x.device))
-        return F.linear(of_x, of_weight, bias)
+        return F.linear(of_x.view(x.shape), of_weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        half = len(ctx.saved_tensors) // 2
-        x = _Factor.of(ctx.kernels, ctx.specs[0], ctx.saved_tensors[:half])
-        weight = _Factor.of(ctx.kernels, ctx.specs[1], ctx.saved_tensors[half:])
+        saved = ctx.saved_tensors  # asked once: checkpointing computes them again at every asking
+        half = len(saved) // 2
+        x = _Factor.of(ctx.kernels, ctx.specs[0], saved[:half])
+        weight = _Factor.of(ctx.kernels, ctx.specs[1], saved[half:])
+        grad = grad.reshape(-1, grad.shape[-1])
         places = [
             _place(name, shape, grad.dtype, grad.device)
             for name, shape in zip(("x", "weight"), ctx.shapes, strict=True)
@@ -163,7 +166,8 @@ class _Linear(torch.autograd.Function):
         if for_weight or any(for_qparams[len(_FIELDS) :]):
             of_weight = weight.gradients(grad.T @ x.values(places[0]))
         bias = grad.sum(0) if for_bias else None
-        return of_x[0], of_weight[0], bias, None, None, None, *of_x[1:], *of_weight[1:]
+        grad_x = None if of_x[0] is None else of_x[0].view(ctx.shape)
+        return grad_x, of_weight[0], bias, None, None, None, *of_x[1:], *of_weight[1:]
 
 
 def _place(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,7 +24,10 @@ from recoup.numerics.spec import QParams, QuantSpec
 # Elements of a piece. Quantizing makes some float32 copies of one, which have to fit in a core's cache;
 # restoring makes none, and a piece is only as small as a shared cache.
 PIECE, RESTORED_PIECE = 2**18, 2**21
-_REACHES_ALL = ("narrow", "no-clip", "pow2", "ceil", "rceil")
+_TO_THE_END = {  # by scale format: the rules that put a block's largest value on the grid's end or before it
+    FLOAT32: ("narrow", "no-clip", "pow2", "ceil", "rceil"),
+    E8M0: ("pow2", "ceil", "rceil"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +135,7 @@ def may_saturate(spec: QuantSpec) -> bool:
     """
     if spec.gradient == "pass-through" or spec.ranges == "learned":
         return False
-    exact = spec.scale_format in (FLOAT32, E8M0)
-    return not (spec.ranges == "dynamic" and exact and spec.scale_rule in _REACHES_ALL)
+    return spec.ranges == "static" or spec.scale_rule not in _TO_THE_END.get(spec.scale_format, ())
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -1,0 +1,241 @@
+"""The kernels against the reference: the same values, the same gradients, one byte a value."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+
+from recoup.numerics import QParams, QuantSpec, fake_quantize, kernels, qparams_of
+from recoup.numerics.kernels import KERNELS, compiled, kept
+from recoup.numerics.kernels.carrier import carrier_of
+from recoup.numerics.kernels.choose import WORTH_COMPILING
+from recoup.numerics.kernels.kept import may_saturate, pack_bits, unpack_bits
+
+from .tables import SPECS, numbers_of, over, sample
+from .test_gradients import LEARNED
+
+FUSED = KERNELS["fused"]
+FORMATS = list({spec.format: spec for spec in SPECS}.values())
+
+
+@pytest.fixture(autouse=True)
+def unchecked() -> Iterator[None]:
+    """No type checks of numerics over the whole table: they cost ten times what they check."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(params=["whole", "pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a test are smaller than a piece; half of the tests run on smaller pieces."""
+    if request.param == "pieces":
+        monkeypatch.setattr(kept, "PIECE", 100)
+        monkeypatch.setattr(kept, "RESTORED_PIECE", 200)
+
+
+def reference(x: Tensor, qparams: QParams, spec: QuantSpec, grad: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = fake_quantize(leaf, qparams, spec)
+    y.backward(grad)
+    return y.detach(), leaf.grad
+
+
+def narrowed(spec: QuantSpec, **fields: Any) -> QuantSpec:
+    given = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    return QuantSpec(**{**given, **fields})
+
+
+@over("spec", SPECS)
+def test_kept_bytes_come_back_as_the_reference_has_them(spec: QuantSpec, pieces: None) -> None:
+    for ranges, shrink in (("dynamic", 1.0), ("static", 1.7)):
+        some = narrowed(spec, ranges=ranges)
+        x = sample()
+        qparams = qparams_of(x / shrink, some)
+        grad = torch.randn(x.shape)
+        y, grad_x = reference(x, qparams, some, grad)
+        codes = FUSED.keep(x, qparams, some)
+        assert codes.values.shape == x.shape
+        assert codes.values.element_size() == 1
+        assert codes.nbytes <= x.numel() * 9 / 8 + 1
+        assert torch.equal(FUSED.restore(codes, torch.empty(x.shape)), y)
+        assert torch.equal(FUSED.clip_(grad.clone(), codes), grad_x)
+
+
+@over("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_values_are_rounded_once(spec: QuantSpec, dtype: torch.dtype) -> None:
+    x = sample().clamp(-1000, 1000).to(dtype)
+    qparams = qparams_of(x, spec)
+    restored = FUSED.restore(FUSED.keep(x, qparams, spec), torch.empty(x.shape, dtype=dtype))
+    assert torch.equal(restored, fake_quantize(x, qparams, spec))
+
+
+def test_pass_through_clips_nothing() -> None:
+    spec = narrowed(FORMATS[0], gradient="pass-through", ranges="static")
+    x = sample()
+    codes = FUSED.keep(x, qparams_of(x / 2, spec), spec)
+    assert torch.equal(FUSED.clip_(x.clone(), codes), x)
+
+
+@over("spec", FORMATS)
+def test_every_number_has_a_byte_and_what_lies_beyond_is_marked(spec: QuantSpec) -> None:
+    grid, carrier = spec.format, carrier_of(spec.format)
+    numbers = numbers_of(grid)
+    assert torch.equal(carrier.unpack(carrier.pack(numbers), torch.empty(numbers.shape)), numbers)
+    if carrier.marks:
+        beyond = torch.tensor([2 * grid.hi, grid.lo - grid.hi, 50 * grid.hi])
+        kept_beyond = carrier.pack(beyond)
+        assert carrier.inside(carrier.pack(numbers)).all()
+        assert not carrier.inside(kept_beyond).any()
+        ends = torch.tensor([grid.hi, grid.lo, grid.hi])
+        assert torch.equal(carrier.unpack(kept_beyond, torch.empty(3)), ends)
+
+
+def test_integers_and_fp4_are_marked_in_the_byte_and_bytes_that_are_full_are_not() -> None:
+    marked = {spec.format.name for spec in FORMATS if carrier_of(spec.format).marks}
+    assert {"int2", "int4", "int7", "e2m1", "e2m3"} <= marked
+    assert not {"int8", "uint8", "e4m3"} & marked
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+def test_bits_come_back(count: int) -> None:
+    bits = torch.randint(0, 2, (count,), dtype=torch.uint8)
+    packed = pack_bits(bits)
+    assert packed.numel() == -(-count // 8)
+    assert torch.equal(unpack_bits(packed, count), bits)
+
+
+@over("spec", [spec for spec in SPECS if not may_saturate(narrowed(spec, ranges="dynamic"))])
+def test_where_no_mask_is_kept_nothing_saturates(spec: QuantSpec) -> None:
+    x = sample()
+    _, grad_x = reference(x, qparams_of(x, spec), narrowed(spec, ranges="dynamic"), torch.ones(x.shape))
+    assert grad_x.all()
+
+
+@over("spec", [*FORMATS, *LEARNED])
+def test_the_function_has_the_references_value_and_gradients(spec: QuantSpec) -> None:
+    x, found = sample(), []
+    spec = narrowed(spec, ranges="learned" if spec.ranges == "learned" else "static")
+    start, grad = qparams_of(x / 1.7, spec), torch.randn(x.shape)
+    for function in (fake_quantize, lambda *given: kernels.fake_quantize(*given, FUSED)):
+        leaf, qparams, leaves = x.clone().requires_grad_(), start, []
+        if spec.ranges == "learned":
+            fields = ("scale", "zero_point", "offset")
+            tensors = {name: getattr(start, name) for name in fields if getattr(start, name) is not None}
+            trained = {name: tensor.float().clone().requires_grad_() for name, tensor in tensors.items()}
+            leaves = list(trained.values())
+            qparams = QParams(**trained, global_scale=start.global_scale)
+        given = grad.clone()
+        y = function(leaf, qparams, spec)
+        y.backward(given)
+        assert torch.equal(given, grad), "a gradient that is not ours was written over"
+        found.append([y.detach(), *(tensor.grad for tensor in (leaf, *leaves))])
+    for theirs, ours in zip(*found, strict=True):
+        assert torch.equal(theirs, ours)
+
+
+PAIRS = [
+    (None, 0),
+    *((inputs, weights) for inputs in (0, 1, 2, 3) for weights in (0, 2)),
+    *((inputs, 0) for inputs in (-1, -4)),
+    *((None, weights) for weights in (-1, -4, -7)),
+]
+
+
+@pytest.mark.parametrize(("of_input", "of_weight"), PAIRS)
+def test_linear_is_the_composition(of_input: int | None, of_weight: int) -> None:
+    rows = [*_ROWS, *LEARNED]
+    w_spec, x_spec = rows[of_weight], None if of_input is None else rows[of_input]
+    x, weight, bias, grad = torch.randn(24, 64), torch.randn(8, 64), torch.randn(8), torch.randn(24, 8)
+    of_w = qparams_of(weight / 1.7, w_spec)
+    of_x = None if x_spec is None else qparams_of(x / 1.7, x_spec)
+    found = []
+    for fused in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        scales = [None if q is None else q.scale.clone().requires_grad_() for q in (of_x, of_w)]
+        made = [q and QParams(**{**vars(q), "scale": s}) for q, s in zip((of_x, of_w), scales, strict=True)]
+        if fused:
+            codes = FUSED.keep(leaves[1].detach(), made[1], w_spec)
+            inputs = None if made[0] is None else (made[0], x_spec)
+            y = kernels.linear(leaves[0], inputs, leaves[1], made[1], codes, leaves[2], FUSED)
+        else:
+            q = leaves[0] if made[0] is None else fake_quantize(leaves[0], made[0], x_spec)
+            y = torch.nn.functional.linear(q, fake_quantize(leaves[1], made[1], w_spec), leaves[2])
+        y.backward(grad)
+        found.append(
+            [y.detach(), *(leaf.grad for leaf in leaves), *(s.grad for s in scales if s is not None)]
+        )
+    for theirs, ours in zip(*found, strict=True):
+        assert (theirs is None and ours is None) or torch.equal(theirs, ours)
+
+
+_ROWS = [
+    narrowed(
+        next(spec for spec in SPECS if (spec.format.name, spec.scale_rule) == (name, rule)), ranges="static"
+    )
+    for name, rule in (("int4", "half-range"), ("int8", "narrow"), ("e2m1", "narrow"), ("uint8", "affine"))
+]
+
+
+# --- compiled --------------------------------------------------------------------------------------------
+
+COMPILED = """
+import sys, torch
+from recoup.numerics import *
+from recoup.numerics.kernels import KERNELS
+from recoup.schemes import PRESETS
+from dataclasses import replace
+
+torch.manual_seed(0)
+eager, made = KERNELS["fused"], KERNELS["compiled"]
+for name in sys.argv[1:]:
+    scheme = PRESETS[name.rstrip("!")]
+    spec = scheme.inputs if name.endswith("!") else scheme.weights
+    for rows, columns in ((8, 512), (24, 512), (24, 256)):
+        x = torch.randn(rows, columns)
+        x[1] = torch.randint(-16, 17, (columns,)) / 4
+        x[2, 3], x[3], x[5] = 300.0, x[3].abs(), 0.0
+        for shrink in (1.0, 1.7):
+            qparams = qparams_of(x / shrink, spec)
+            ours, theirs = made.keep(x, qparams, spec), eager.keep(x, qparams, spec)
+            assert torch.equal(ours.values, theirs.values), (name, rows, columns)
+            assert (ours.saturated is None) == (theirs.saturated is None)
+            assert ours.saturated is None or torch.equal(ours.saturated, theirs.saturated)
+            y = made.restore(ours, torch.empty(x.shape))
+            assert torch.equal(y, fake_quantize(x, qparams, spec)), (name, rows, columns)
+print("identical")
+"""
+
+
+@pytest.mark.parametrize(
+    "names", ["w4a8 w4a8! nvfp4", "mxfp4 w8a8-ort-static! q4_1", "fp8-static mxfp8! nf4"]
+)
+def test_compiled_kernels_give_the_same_bytes(names: str) -> None:
+    # Without this process's type checks, which Dynamo cannot trace.
+    command = [sys.executable, "-c", COMPILED, *names.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "identical", done.stderr[-3000:]
+
+
+def test_without_a_compiler_compiled_is_refused_and_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, many = torch.device("cpu"), WORTH_COMPILING
+    assert kernels.choose("auto", cpu, many)[0] == "compiled"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r'impl "compiled" asked, but no C\+\+ compiler .no-such-compiler.'):
+        kernels.choose("compiled", cpu, 1)
+    assert kernels.choose("auto", cpu, many) == ("fused", compiled.missing(cpu))
+    assert kernels.choose("reference", cpu, many) == ("reference", "asked for")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: "/nowhere")
+    assert "Python.h" in str(compiled.missing(cpu))
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(ValueError, match="impl 'fast' asked; there are auto, reference, fused, compiled"):
+        kernels.choose("fast", torch.device("cpu"), 1)
