@@ -117,9 +117,9 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decide = kept_weight._decided
 
-    def counted(quantizer: Any, weight: Tensor, qparams: Any) -> Any:
+    def counted(quantizer: Any, weight: Tensor) -> Any:
         names.append(quantizer.path)
-        return decide(quantizer, weight, qparams)
+        return decide(quantizer, weight)
 
     monkeypatch.setattr(kept_weight, "_decided", counted)
     return names

@@ -49,6 +49,7 @@ def fused_linear(
         view = input_quantizer.view(x)
         of_x = input_quantizer.qparams(view), input_quantizer.spec
         input_quantizer.check(view, of_x[0])
-    of_weight = weight_quantizer.qparams(weight)
-    codes = kept_weight(weight_quantizer, weight, of_weight)
+    codes = kept_weight(weight_quantizer, weight)
+    learned = weight_quantizer.spec.ranges == "learned"  # with gradients, then
+    of_weight = weight_quantizer.qparams(weight) if learned else codes.qparams
     return linear(x, of_x, weight, of_weight, codes, bias, KERNELS[weight_quantizer.impl])

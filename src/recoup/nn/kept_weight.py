@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recoup.nn.fake_quantizer import FakeQuantizer
-from recoup.numerics import QParams
 from recoup.numerics.kernels import KERNELS, Kept
 
 _kept: WeakKeyDictionary[FakeQuantizer, tuple[tuple[Any, ...], Kept]] = WeakKeyDictionary()
@@ -38,7 +37,7 @@ register_optimizer_step_post_hook(_count_step)
 
 
 @torch.no_grad()
-def kept_weight(quantizer: FakeQuantizer, weight: Tensor, qparams: QParams) -> Kept:
+def kept_weight(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
     """The codes of a weight's 2-D view; decided again only if it, or its scales, may have changed.
 
     Raises:
@@ -46,17 +45,18 @@ def kept_weight(quantizer: FakeQuantizer, weight: Tensor, qparams: QParams) -> K
     """
     state = [weight, *quantizer.parameters(), *quantizer.buffers()]
     if any(tensor.is_inference() for tensor in state):  # those have no version number
-        return _decided(quantizer, weight, qparams)
+        return _decided(quantizer, weight)
     seen = [(tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in state]  # pyright: ignore[reportPrivateUsage]
     key = (_steps, quantizer.loads, torch.is_inference_mode_enabled(), *seen)
     found = _kept.pop(quantizer, None)
     if found is None or found[0] != key:
         found = None  # the codes before need not outlive the making of these
-        found = key, _decided(quantizer, weight, qparams)
+        found = key, _decided(quantizer, weight)
     _kept[quantizer] = found
     return found[1]
 
 
-def _decided(quantizer: FakeQuantizer, weight: Tensor, qparams: QParams) -> Kept:
+def _decided(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
+    qparams = quantizer.qparams(weight)
     quantizer.check(weight, qparams)
     return KERNELS[quantizer.impl].keep(weight, qparams, quantizer.spec)

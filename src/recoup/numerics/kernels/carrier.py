@@ -43,12 +43,12 @@ class Carrier:
         """Of the bytes."""
         return self.grid.code_dtype if self.unit is None else torch.int8
 
-    def pack(self, rounded: Tensor) -> Tensor:
-        """Bytes of float32 values on the grid, which may lie beyond its ends."""
-        values = rounded.clamp(self.below, self.above)
+    def pack(self, rounded: Tensor, out: Tensor) -> Tensor:
+        """Bytes of float32 values on the grid, which may lie beyond its ends and are written over."""
+        values = rounded.clamp_(self.below, self.above)
         if self.unit is None:
-            return self.grid.encode(values)
-        return (values if self.unit == 1 else values / self.unit).to(torch.int8)
+            return out.copy_(self.grid.encode(values))
+        return out.copy_(values if self.unit == 1 else values.div_(self.unit))
 
     def unpack(self, kept: Tensor, out: Tensor) -> Tensor:
         """The values of bytes, saturated, written into a float32 tensor."""

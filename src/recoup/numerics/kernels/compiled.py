@@ -73,7 +73,8 @@ def clip_(grad: Tensor, kept: Kept) -> Tensor:
 def _encode(
     spec: QuantSpec, carrier: Carrier, x: Tensor, *scales: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    return eager.encode(x, _qparams(scales), spec, carrier)
+    values = torch.empty(x.shape, dtype=carrier.dtype, device=x.device)
+    return values, eager.encode(x, _qparams(scales), spec, carrier, values)
 
 
 def _decode(spec: QuantSpec, carrier: Carrier, values: Tensor, *scales: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from recoup.numerics.spec import QParams, QuantSpec
 
 # Elements of a piece. Quantizing makes some float32 copies of one, which have to fit in a core's cache;
 # restoring makes none, and a piece is only as small as a shared cache.
-PIECE, RESTORED_PIECE = 2**18, 2**21
+PIECE, RESTORED_PIECE = 2**19, 2**21
 _TO_THE_END = {  # by scale format: the rules that put a block's largest value on the grid's end or before it
     FLOAT32: ("narrow", "no-clip", "pow2", "ceil", "rceil"),
     E8M0: ("pow2", "ceil", "rceil"),
@@ -74,7 +74,7 @@ def keep(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Kept:
     values = torch.empty(x.shape, dtype=carrier.dtype, device=x.device)
     bits: list[Tensor] = []
     for rows, of_rows in _pieces(x, qparams, spec, PIECE):
-        values[rows], saturated = encode(x[rows], of_rows, spec, carrier)
+        saturated = encode(x[rows], of_rows, spec, carrier, values[rows])
         if saturated is not None:
             bits.append(saturated)
     packed = pack_bits(torch.cat(bits)) if bits else None
@@ -82,15 +82,16 @@ def keep(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Kept:
 
 
 def encode(
-    x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec, carrier: Carrier
-) -> tuple[Tensor, Tensor | None]:
-    """The bytes of x, and 1 where its values saturate, if bytes alone do not tell."""
+    x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec, carrier: Carrier, out: Shaped[Tensor, "r c"]
+) -> Tensor | None:
+    """The bytes of x, written into `out`; returns 1 where its values saturate, if bytes alone do not tell."""
     rounded = shift_up(spec.format.rint(position(x, qparams, spec)), qparams)
-    values = carrier.pack(rounded).reshape(x.shape)
-    if carrier.marks or not may_saturate(spec):
-        return values, None
-    beyond = rounded.clamp(spec.format.lo, spec.format.hi).sub_(rounded).abs_().clamp_(max=1).ceil_()
-    return values, beyond.to(torch.uint8).reshape(x.shape)  # a bool of it would take torch far longer
+    beyond = None
+    if may_saturate(spec) and not carrier.marks:
+        difference = rounded.clamp(spec.format.lo, spec.format.hi).sub_(rounded)
+        beyond = difference.abs_().clamp_(max=1).ceil_().to(torch.uint8)  # a bool of it would take far longer
+    carrier.pack(rounded, cut(out, spec.granularity))
+    return None if beyond is None else beyond.reshape(x.shape)
 
 
 def restore(kept: Kept, out: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
