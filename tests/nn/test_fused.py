@@ -242,11 +242,11 @@ def test_switched_off_or_listened_to_it_is_the_equation() -> None:
 
 def test_what_is_not_finite_is_named(decided: list[str]) -> None:
     model, x = mlp(), features()
-    with pytest.raises(NonFiniteError, match="up.input"):
+    with pytest.raises(NonFiniteError, match=r"up\.input"):
         model(x.clone().fill_(torch.nan))
     with torch.no_grad():
         model.down.weight[0, 0] = torch.inf
-    with pytest.raises(NonFiniteError, match="down.weight"):
+    with pytest.raises(NonFiniteError, match=r"down\.weight"):
         model(x)
 
 

@@ -19,6 +19,7 @@ from recoup.numerics.kernels.kept import may_saturate, pack_bits, unpack_bits
 from .tables import SPECS, numbers_of, over, sample
 from .test_gradients import LEARNED
 
+CPU = torch.device("cpu")
 FUSED = KERNELS["fused"]
 FORMATS = list({spec.format: spec for spec in SPECS}.values())
 
@@ -228,18 +229,22 @@ def test_compiled_kernels_give_the_same_bytes(names: str) -> None:
 
 
 def test_without_a_compiler_compiled_is_refused_and_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, many = torch.device("cpu"), WORTH_COMPILING
-    assert kernels.choose("auto", cpu, many)[0] == "compiled"
+    many = WORTH_COMPILING
+    monkeypatch.setattr(
+        compiled.shutil, "which", lambda name: f"/usr/bin/{name}" if "no-such" not in name else None
+    )
+    monkeypatch.setattr(compiled.Path, "exists", lambda path: "nowhere" not in str(path))
+    assert kernels.choose("auto", CPU, many)[0] == "compiled"
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r'impl "compiled" asked, but no C\+\+ compiler .no-such-compiler.'):
-        kernels.choose("compiled", cpu, 1)
-    assert kernels.choose("auto", cpu, many) == ("fused", compiled.missing(cpu))
-    assert kernels.choose("reference", cpu, many) == ("reference", "asked for")
+        kernels.choose("compiled", CPU, 1)
+    assert kernels.choose("auto", CPU, many) == ("fused", compiled.missing(CPU))
+    assert kernels.choose("reference", CPU, many) == ("reference", "asked for")
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: "/nowhere")
-    assert "Python.h" in str(compiled.missing(cpu))
+    assert "Python.h" in str(compiled.missing(CPU))
 
 
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="impl 'fast' asked; there are auto, reference, fused, compiled"):
-        kernels.choose("fast", torch.device("cpu"), 1)
+        kernels.choose("fast", CPU, 1)
