@@ -32,6 +32,7 @@ from cells import HERE, RESULTS, SCRATCH, Job, measured, python_of
 TOOLS: dict[str, tuple[str, Job]] = {
     "float": ("recoup", {"tool": "float"}),
     "recoup-reference": ("recoup", {"tool": "recoup", "impl": "reference"}),
+    "recoup-fused": ("recoup", {"tool": "recoup", "impl": "fused"}),
     "recoup-compiled": ("recoup", {"tool": "recoup", "impl": "compiled"}),
     "torchao": ("torchao", {"tool": "torchao"}),
     "modelopt": ("modelopt", {"tool": "modelopt"}),
@@ -53,6 +54,7 @@ MEMORY_GOALS = {"cpu": {"w4": 3.3 / 3.23, "w4a8": 3.2 / 3.23}, "cuda": {}}
 CLOCK = {"cpu": "cpu", "cuda": "wall"}
 COLOURS = {
     "recoup-reference": "#7fb8a4",
+    "recoup-fused": "#3f937a",
     "recoup-compiled": "#0b6e4f",
     "torchao": "#b5543c",
     "modelopt": "#c98f3c",

@@ -9,7 +9,6 @@ On a GPU the language model's place is taken by a stack of 4096-wide layers in b
 import ctypes
 import gc
 import importlib
-import inspect
 import json
 import re
 import statistics
@@ -223,12 +222,7 @@ def with_recoup(model: nn.Module, batch: Batch, job: Job) -> None:
 
     schemes = {"w4": "w4a16", "w4a8": "w4a8", "nvfp4": "nvfp4"}
     plan = recoup.resolve(model, schemes[job["form"]])
-    if "impl" in inspect.signature(recoup.prepare).parameters:
-        recoup.prepare(model, plan, impl=job["impl"])
-    elif job["impl"] == "reference":
-        recoup.prepare(model, plan)
-    else:
-        raise ValueError(f"impl={job['impl']!r} asked; this recoup has the reference alone")
+    recoup.prepare(model, plan, impl=job["impl"])
     recoup.calibrate(model, [batch])
 
 
