@@ -180,7 +180,8 @@ def _place(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.devic
         return torch.empty(shape, dtype=dtype, device=device)
     held, slot = vars(_buffers), f"{name} {dtype}"
     if slot not in held or held[slot].numel() < shape.numel():
-        held[slot] = torch.empty(shape.numel(), dtype=dtype)
+        with torch.inference_mode(False):  # or it could never be written to outside of it
+            held[slot] = torch.empty(shape.numel(), dtype=dtype)
     return cast(Tensor, held[slot][: shape.numel()].view(shape))
 
 
