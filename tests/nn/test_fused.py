@@ -213,6 +213,29 @@ def test_inference_mode_and_training_take_turns() -> None:
         assert torch.equal(model(x), y)
 
 
+def test_every_other_tensor_is_another_weight() -> None:
+    found = []
+    for impl in ("reference", "fused"):
+        model, x = mlp("w4a16", impl), features()
+        rows = []
+        with torch.no_grad():
+            for turn in range(5):  # the allocator hands out the same address again
+                weight = model.up.weight + 0.3 * turn
+                rows.append(torch.func.functional_call(model, {"up.weight": weight}, (x,)))
+                del weight
+        found.append(rows)
+    assert_same(*found)
+
+
+def test_an_evaluation_is_right_whatever_hands_wrote() -> None:
+    model, other, x = mlp(), mlp("w4a8", "reference"), features()
+    with torch.no_grad():
+        model(x)
+        for each in (model, other):
+            each.up.weight.data.mul_(-1)
+        assert torch.equal(model(x), other(x))
+
+
 def test_codes_are_no_state_and_copies_have_their_own() -> None:
     model, x = mlp(), features()
     y = model(x)
@@ -224,6 +247,29 @@ def test_codes_are_no_state_and_copies_have_their_own() -> None:
             other.up.weight.zero_()
         assert not torch.equal(other(x), y)
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (1, 2, 3)], ids=str)
+def test_what_follows_may_write_in_place(shape: tuple[int, ...]) -> None:
+    found = []
+    for impl in ("reference", "fused"):
+        model, x = mlp("w4a8", impl), torch.linspace(-1, 1, WIDTH).repeat(*shape, 1)
+        y = model.up(x.reshape(*shape, WIDTH))
+        y.mul_(2)
+        y += 1
+        y.sum().backward()
+        found.append([y, model.up.weight.grad])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w8a8-static", "w8a8-ort", "mxfp4", "w4a16"])
+@pytest.mark.parametrize("ranges", ["static", "learned"])
+def test_no_tokens_at_all(scheme: str, ranges: str) -> None:
+    model = mlp(scheme, weight_ranges=ranges)
+    y = model(torch.zeros(0, WIDTH))
+    assert y.shape == (0, 3)
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 # --- when the equation runs ------------------------------------------------------------------------------
@@ -240,6 +286,23 @@ def test_switched_off_or_listened_to_it_is_the_equation() -> None:
     assert seen == ["input"]
     with quantization_off(model):
         assert torch.equal(model.up(x), nn.functional.linear(x, model.up.weight, model.up.bias))
+
+
+def test_another_input_quantizer_is_called() -> None:
+    found = []
+    for impl in ("reference", "fused"):
+        model, x = mlp("w4a8", impl), features()
+        model.up.input_quantizer = nn.Sequential(model.up.input_quantizer)
+        found.append([model(x)])
+    assert_same(*found)
+
+
+def test_a_default_device_is_not_the_models() -> None:
+    model, x = mlp(), features()
+    vars(functions._buffers).clear()
+    with torch.device("meta"):
+        y = model(x)
+    assert torch.equal(model(x), y)
 
 
 def test_what_is_not_finite_is_named(decided: list[str]) -> None:

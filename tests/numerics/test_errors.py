@@ -81,7 +81,7 @@ MISTAKES: list[tuple[str, Callable[[], object]]] = [
     ("mine: levels ascend in float32 and are finite", lambda: LevelFormat("mine", (0.0, 1e-60))),
     ("mine: levels ascend in float32 and are finite", lambda: LevelFormat("mine", (0.0, float("inf")))),
     ("mine: no level is positive, the largest is -1.0", lambda: LevelFormat("mine", (-2.0, -1.0))),
-    ("StretchedFormat: 2 levels asked; 3 to 256 are possible", lambda: StretchedFormat(2)),
+    ("StretchedFormat: 2 levels asked; 3 to 100 are possible", lambda: StretchedFormat(2)),
     (
         "positive has no negative values",
         lambda: spec(format=LevelFormat("positive", (0.5, 1.0)), scale_rule="amax"),

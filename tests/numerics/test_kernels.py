@@ -10,11 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from recoup.numerics import QParams, QuantSpec, fake_quantize, kernels, qparams_of
+from recoup.numerics import (
+    LevelFormat,
+    QParams,
+    QuantSpec,
+    fake_quantize,
+    kernels,
+    per_channel,
+    qparams_of,
+)
 from recoup.numerics.kernels import KERNELS, compiled, kept
 from recoup.numerics.kernels.carrier import carrier_of
 from recoup.numerics.kernels.choose import WORTH_COMPILING
-from recoup.numerics.kernels.kept import may_saturate, pack_bits, unpack_bits
+from recoup.numerics.kernels.kept import may_saturate, pack_bits, unpack_bits, with_nan
 
 from .tables import SPECS, numbers_of, over, sample
 from .test_gradients import LEARNED
@@ -116,7 +124,10 @@ def test_bits_come_back(count: int) -> None:
     assert torch.equal(unpack_bits(packed, count), bits)
 
 
-@over("spec", [spec for spec in SPECS if not may_saturate(narrowed(spec, ranges="dynamic"))])
+@over(
+    "spec",
+    [spec for spec in SPECS if not may_saturate(narrowed(spec, ranges="dynamic"), carrier_of(spec.format))],
+)
 def test_where_no_mask_is_kept_nothing_saturates(spec: QuantSpec) -> None:
     x = sample()
     _, grad_x = reference(x, qparams_of(x, spec), narrowed(spec, ranges="dynamic"), torch.ones(x.shape))
@@ -188,6 +199,24 @@ _ROWS = [
 ]
 
 
+def test_grids_that_do_not_round_past_their_ends_keep_a_mask() -> None:
+    for levels in ((-1.0, 0.0, 2.0), (-0.05, 0.0, 0.05)):
+        spec = QuantSpec(
+            format=LevelFormat("own", levels), granularity=per_channel, scale_rule="narrow", ranges="dynamic"
+        )
+        assert may_saturate(spec, carrier_of(spec.format))
+
+
+def test_nan_that_no_byte_can_say_is_in_the_scale() -> None:
+    spec = narrowed(next(spec for spec in SPECS if str(spec.granularity) == "g4"), ranges="static")
+    x = torch.randn(2, 8)
+    qparams = qparams_of(x, spec)
+    x[1, 2] = torch.nan
+    found = with_nan(x, qparams, spec).scale
+    assert found.isnan().tolist() == [[False, False], [True, False]]
+    assert torch.equal(found.nan_to_num(), torch.where(found.isnan(), 0.0, qparams.scale))
+
+
 # --- compiled --------------------------------------------------------------------------------------------
 
 COMPILED = """
@@ -226,6 +255,33 @@ def test_compiled_kernels_give_the_same_bytes(names: str) -> None:
     command = [sys.executable, "-c", COMPILED, *names.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "identical", done.stderr[-3000:]
+
+
+MANY_WIDTHS = """
+import torch
+compile_ = torch.compile
+torch.compile = lambda function, options, **given: compile_(function, backend="eager", **given)
+from recoup.numerics import *
+from recoup.numerics.kernels import KERNELS
+from recoup.schemes import PRESETS
+
+made = KERNELS["compiled"]
+for name in ("w8a8", "w4a16", "w8a8-static!"):
+    scheme = PRESETS[name.rstrip("!")]
+    spec = scheme.inputs if name.endswith("!") else scheme.weights
+    for width in range(32, 32 * 14, 32):
+        for rows in (1, 2, 5, 0):
+            x = torch.randn(rows, width)
+            qparams = qparams_of(x if rows else torch.randn(1, width), spec)
+            y = made.restore(made.keep(x, qparams, spec), torch.empty(x.shape))
+            assert rows == 0 or torch.equal(y, fake_quantize(x, qparams, spec))
+print("all of them")
+"""
+
+
+def test_compiled_kernels_serve_many_widths_and_no_rows_at_all() -> None:
+    done = subprocess.run([sys.executable, "-c", MANY_WIDTHS], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "all of them", done.stderr[-3000:]
 
 
 def test_without_a_compiler_compiled_is_refused_and_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ class FakeQuantizer(LatticeState):
             NonFiniteError: see `check`.
             RuntimeError: not calibrated yet.
         """
-        if not self.enabled:
+        if not self.enabled or x.numel() == 0:
             return x
         view = self.view(x)
         qparams = self.qparams(view)

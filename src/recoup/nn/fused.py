@@ -11,17 +11,21 @@ from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.kept_weight import kept_weight
 from recoup.numerics.kernels import KERNELS, linear
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-def fuses(input_quantizer: FakeQuantizer | nn.Identity, weight_quantizer: FakeQuantizer) -> bool:
-    """The layer's quantizers would do what `fused_linear` does, and nothing else."""
+
+def fuses(x: Tensor, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> bool:
+    """The layer's quantizers would do what `fused_linear` does, and nothing else; and there is an input."""
     return (
-        weight_quantizer.impl != "reference"
+        type(weight_quantizer) is FakeQuantizer
+        and weight_quantizer.impl != "reference"
+        and type(input_quantizer) in (FakeQuantizer, nn.Identity)
+        and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and all(
-            getattr(quantizer, "enabled", True)
-            and not (quantizer._forward_hooks or quantizer._forward_pre_hooks or quantizer._backward_hooks)  # pyright: ignore[reportPrivateUsage]
-            for quantizer in (input_quantizer, weight_quantizer)
+        and not any(
+            getattr(quantizer, hooks) for quantizer in (input_quantizer, weight_quantizer) for hooks in _HOOKS
         )
+        and all(getattr(quantizer, "enabled", True) for quantizer in (input_quantizer, weight_quantizer))
     )
 
 

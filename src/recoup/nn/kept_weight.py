@@ -4,14 +4,17 @@ They serve every forward and backward pass, of every micro-batch and every recom
 activation, until the weight may have changed. A stale code would train another model than it seems to, so
 this file is about how a change is noticed:
 
-plain           what writes in place, an optimizer or anyone under no_grad, moves the tensor's version number
+plain           what writes in place, an optimizer or anyone under no_grad, moves the tensor's version number;
+                another tensor has another storage, and a weak reference to the one before keeps its identity
+                from being given away again
 `.data`         moves no version number; but an optimizer that writes so takes a step, and every step of any
                 torch.optim.Optimizer counts here
 FSDP2           gathers the unsharded parameter anew without moving its version number; what changes the
                 shards is an optimizer's step, or `load_state_dict`, which counts too
 torch.compile   never comes here: a compiled model runs the equation, which inductor fuses itself
 
-What stays unseen is a write through `.data` by other hands than an optimizer's.
+Without gradients nothing is remembered: an evaluation is right whatever hands wrote. What stays unseen is a
+write through `.data` by other hands than an optimizer's, between two training passes and without a step.
 """
 
 from typing import Any
@@ -19,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recoup.nn.fake_quantizer import FakeQuantizer
@@ -36,18 +40,21 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-@torch.no_grad()
 def kept_weight(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
     """The codes of a weight's 2-D view; decided again only if it, or its scales, may have changed.
 
     Raises:
         NonFiniteError: the weight is not finite.
     """
+    training = torch.is_grad_enabled()
     state = [weight, *quantizer.parameters(), *quantizer.buffers()]
-    if any(tensor.is_inference() for tensor in state):  # those have no version number
+    if not training or any(tensor.is_inference() for tensor in state):  # those have no version number
         return _decided(quantizer, weight)
-    seen = [(tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in state]  # pyright: ignore[reportPrivateUsage]
-    key = (_steps, quantizer.loads, torch.is_inference_mode_enabled(), *seen)
+    seen = (
+        (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.dtype, tensor._version)  # pyright: ignore[reportPrivateUsage]
+        for tensor in state
+    )
+    key = (_steps, quantizer.loads, quantizer.spec, *seen)
     found = _kept.pop(quantizer, None)
     if found is None or found[0] != key:
         found = None  # the codes before need not outlive the making of these
@@ -56,6 +63,7 @@ def kept_weight(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
     return found[1]
 
 
+@torch.no_grad()
 def _decided(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
     qparams = quantizer.qparams(weight)
     quantizer.check(weight, qparams)

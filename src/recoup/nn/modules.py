@@ -50,7 +50,7 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        if fuses(self.input_quantizer, self.weight_quantizer):
+        if fuses(input, self.input_quantizer, self.weight_quantizer):
             return fused_linear(input, self.weight, self.bias, self.input_quantizer, self.weight_quantizer)
         return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
@@ -96,7 +96,7 @@ class QuantConv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The equation."""
-        if fuses(self.input_quantizer, self.weight_quantizer):
+        if fuses(x, self.input_quantizer, self.weight_quantizer):
             return fused_linear(x, self.weight.T, self.bias, self.input_quantizer, self.weight_quantizer)
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight.T), self.bias)
 

@@ -76,7 +76,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = grad * inside.reshape(grad.shape) if spec.gradient == "clipped" else grad
         if slope is None:
             return grad_x, None, None, None, None, None
-        elements = spec.granularity.elements_per_scale(*grad.shape)
+        elements = max(spec.granularity.elements_per_scale(*grad.shape), 1)
         factor = (elements * spec.format.step_gradient.levels) ** 0.5
         blocks = cut(grad, spec.granularity).float()
         grad_scale = (blocks * slope).sum(dim=(1, 3)) / factor

@@ -128,7 +128,7 @@ class StretchedFormat:
     clipped to 0.99, and clip(x) * n - shift goes to the nearest integer, ties to even.
 
     Args:
-        count: how many levels, 3 to 256; theirs are 3 (1.58 bits) and 4 (2 bits).
+        count: how many levels, 3 to 100; theirs are 3 (1.58 bits) and 4 (2 bits).
 
     Raises:
         ValueError: another count; two levels are `BINARY`, which rounds and learns in another way.
@@ -140,8 +140,8 @@ class StretchedFormat:
     count: int
 
     def __post_init__(self) -> None:
-        if not 3 <= self.count <= 256:
-            raise ValueError(f"StretchedFormat: {self.count} levels asked; 3 to 256 are possible")
+        if not 3 <= self.count <= 100:  # with more, the clip lies inside the last bins
+            raise ValueError(f"StretchedFormat: {self.count} levels asked; 3 to 100 are possible")
         assert self._levels  # known from here on: torch.compile cannot enter the lock of Python 3.11's cache
 
     @property

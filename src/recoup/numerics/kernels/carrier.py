@@ -26,12 +26,15 @@ class Carrier:
         unit: what a kept byte is multiplied by; None where bytes are the format's codes.
         below: what a value that saturated downwards is clamped to, as far as a byte reaches.
         above: the same upwards. With (below, above) = (lo, hi) nothing is marked.
+        holds_its_ends: a value at an end of the grid, or at the other end's mirror, does not saturate for the
+            last bit of a division.
     """
 
     grid: Format
     unit: float | None
     below: float
     above: float
+    holds_its_ends: bool
 
     @property
     def marks(self) -> bool:
@@ -75,7 +78,9 @@ def carrier_of(grid: Format) -> Carrier:
     (0.5, 14.0, None)
     """
     unit, lo, hi = grid.floor, grid.lo, grid.hi
-    codes = Carrier(grid=grid, unit=None, below=lo, above=hi)
+    a_little_more = float(grid.rint(torch.tensor(hi * (1 + 2.0**-20))))
+    holds = a_little_more == hi and -lo >= hi
+    codes = Carrier(grid=grid, unit=None, below=lo, above=hi, holds_its_ends=holds)
     if math.frexp(unit)[0] != 0.5:  # no power of two, so that dividing by it would round
         return codes
     numbers = grid.decode(torch.arange(2**grid.bits).to(grid.code_dtype))
@@ -86,4 +91,4 @@ def carrier_of(grid: Format) -> Carrier:
     below, above = (2 * lo if lo < 0 else -unit), 2 * hi
     if below / unit < -128 or above / unit > 127:
         below, above = lo, hi
-    return Carrier(grid=grid, unit=unit, below=below, above=above)
+    return Carrier(grid=grid, unit=unit, below=below, above=above, holds_its_ends=holds)

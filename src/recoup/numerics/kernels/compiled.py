@@ -36,7 +36,7 @@ def missing(device: torch.device) -> str | None:
 
         return None if has_triton() else "Triton is not there; install the one that this torch was built for"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
+    if shutil.which(compiler.split()[0]) is None:
         return f"no C++ compiler {compiler!r} is there; install it (apt-get install g++), or name one in CXX"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h is not there; install python's headers (apt-get install python3-dev)"
@@ -45,8 +45,11 @@ def missing(device: torch.device) -> str | None:
 
 def keep(x: Tensor, qparams: QParams, spec: QuantSpec) -> Kept:
     """See `kept.keep`."""
+    if x.numel() == 0:
+        return eager.keep(x, qparams, spec)
+    qparams = eager.loud(x, qparams, spec)
     lines, scales, one = _lines(x.detach(), qparams, spec)
-    values, saturated = _kernel(_encode, one)(lines, *_parts(scales))
+    values, saturated = _kernel(_encode, one, lines.shape[1])(lines, *_parts(scales))
     return Kept(
         values=values.reshape(x.shape),
         qparams=qparams,
@@ -57,17 +60,17 @@ def keep(x: Tensor, qparams: QParams, spec: QuantSpec) -> Kept:
 
 def restore(kept: Kept, out: Tensor) -> Tensor:
     """See `kept.restore`."""
-    if out.device.type == "cpu":
+    if out.device.type == "cpu" or out.numel() == 0:
         return eager.restore(kept, out)
     lines, scales, one = _lines(kept.values, kept.qparams, kept.spec)
-    return out.copy_(_kernel(_decode, one)(lines, *_parts(scales)).reshape(out.shape))
+    return out.copy_(_kernel(_decode, one, lines.shape[1])(lines, *_parts(scales)).reshape(out.shape))
 
 
 def clip_(grad: Tensor, kept: Kept) -> Tensor:
     """See `kept.clip_`; here the result may be a new tensor."""
-    if grad.device.type == "cpu" or kept.saturated is not None or not may_saturate(kept.spec):
+    if grad.device.type == "cpu" or kept.saturated is not None or not may_saturate(kept.spec, kept.carrier):
         return eager.clip_(grad, kept)
-    return _kernel(_clip, kept.spec)(grad.reshape(-1), kept.values.reshape(-1)).reshape(grad.shape)
+    return _kernel(_clip, kept.spec, 1)(grad.reshape(-1), kept.values.reshape(-1)).reshape(grad.shape)
 
 
 def _encode(
@@ -88,22 +91,23 @@ def _clip(spec: QuantSpec, carrier: Carrier, grad: Tensor, values: Tensor) -> Te
 
 
 @cache
-def _kernel(function: Callable[..., Any], spec: QuantSpec) -> Callable[..., Any]:
-    """One of the functions above, compiled for a lattice."""
+def _kernel(function: Callable[..., Any], spec: QuantSpec, width: int) -> Callable[..., Any]:
+    """One of the functions above, compiled for a lattice and for lines of one length."""
+    along = int(spec.granularity == per_tensor and function is not _clip)
+    if along == 1 and width:  # of any length
+        return _kernel(function, spec, 0)
     carrier = carrier_of(spec.format)
 
     def kernel(*tensors: Tensor | None) -> Any:
         return function(spec, carrier, *tensors)
 
-    # Dynamo counts recompilations by code object, and all lattices would share one, and its limit.
+    # Dynamo counts recompilations by code object, and all lattices and widths would share one, and its limit.
     code = kernel.__code__.replace(co_name=f"kernel_{function.__name__}")
     own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
     run = torch.compile(own, fullgraph=True, dynamic=False, options=_AS_EAGER)
 
     # Imported late: Dynamo takes a second, which `import recoup` need not.
     from torch._dynamo import maybe_mark_dynamic
-
-    along = int(spec.granularity == per_tensor and function is not _clip)
 
     def on_lines(*tensors: Tensor | None) -> Any:
         for tensor in tensors:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recoup.numerics import fake_quantize as reference
+from recoup.numerics.kernels.carrier import carrier_of
 from recoup.numerics.kernels.choose import Kernels
 from recoup.numerics.kernels.kept import Kept, may_saturate
 from recoup.numerics.spec import QParams, QuantSpec
@@ -120,7 +121,7 @@ class _FakeQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         factor = _Factor.of(ctx.kernels, ctx.spec, ctx.saved_tensors)
-        owned = grad.clone() if may_saturate(ctx.spec) else grad
+        owned = grad.clone() if may_saturate(ctx.spec, carrier_of(ctx.spec.format)) else grad
         of_x, *of_qparams = factor.gradients(owned)
         return of_x, None, None, *of_qparams
 
@@ -141,11 +142,12 @@ class _Linear(torch.autograd.Function):
         kept = None if spec is None else kernels.keep(view, _qparams(qparams[: len(_FIELDS)]), spec)
         factors = _Factor(kernels, view, kept), _Factor(kernels, weight, codes)
         ctx.kernels, ctx.specs = kernels, [factor.spec for factor in factors]
-        ctx.shape, ctx.shapes = x.shape, (view.shape, weight.shape)
+        ctx.shape, ctx.places = x.shape, ((view.shape, x.dtype), (weight.shape, weight.dtype))
         ctx.save_for_backward(*(tensor for factor in factors for tensor in factor.saved()))
         of_x = factors[0].values(_place("x", view.shape, x.dtype, x.device))
         of_weight = factors[1].values(_place("weight", weight.shape, weight.dtype, x.device))
-        return F.linear(of_x.view(x.shape), of_weight, bias)
+        y = F.linear(of_x.view(x.shape), of_weight, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be written to in place afterwards
 
     @staticmethod
     @once_differentiable
@@ -156,15 +158,15 @@ class _Linear(torch.autograd.Function):
         weight = _Factor.of(ctx.kernels, ctx.specs[1], saved[half:])
         grad = grad.reshape(-1, grad.shape[-1])
         places = [
-            _place(name, shape, grad.dtype, grad.device)
-            for name, shape in zip(("x", "weight"), ctx.shapes, strict=True)
+            _place(name, shape, dtype, grad.device)
+            for name, (shape, dtype) in zip(("x", "weight"), ctx.places, strict=True)
         ]
         for_x, for_weight, for_bias, _, _, _, *for_qparams = ctx.needs_input_grad
         of_x = of_weight = (None,) * (1 + len(_FIELDS))
         if for_x or any(for_qparams[: len(_FIELDS)]):
-            of_x = x.gradients(grad @ weight.values(places[1]))
+            of_x = x.gradients(grad @ weight.values(places[1]).to(grad.dtype))
         if for_weight or any(for_qparams[len(_FIELDS) :]):
-            of_weight = weight.gradients(grad.T @ x.values(places[0]))
+            of_weight = weight.gradients(grad.T @ x.values(places[0]).to(grad.dtype))
         bias = grad.sum(0) if for_bias else None
         grad_x = None if of_x[0] is None else of_x[0].view(ctx.shape)
         return grad_x, of_weight[0], bias, None, None, None, *of_x[1:], *of_weight[1:]
@@ -181,7 +183,7 @@ def _place(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.devic
     held, slot = vars(_buffers), f"{name} {dtype}"
     if slot not in held or held[slot].numel() < shape.numel():
         with torch.inference_mode(False):  # or it could never be written to outside of it
-            held[slot] = torch.empty(shape.numel(), dtype=dtype)
+            held[slot] = torch.empty(shape.numel(), dtype=dtype, device=device)
     return cast(Tensor, held[slot][: shape.numel()].view(shape))
 
 

@@ -70,7 +70,7 @@ def keep(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Kept:
     >>> torch.equal(restore(kept, torch.empty(4, 64)), fake_quantize(x, kept.qparams, spec)), kept.nbytes
     (True, 256)
     """
-    carrier = carrier_of(spec.format)
+    carrier, qparams = carrier_of(spec.format), loud(x, qparams, spec)
     values = torch.empty(x.shape, dtype=carrier.dtype, device=x.device)
     bits: list[Tensor] = []
     for rows, of_rows in _pieces(x, qparams, spec, PIECE):
@@ -81,13 +81,29 @@ def keep(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Kept:
     return Kept(values=values, qparams=qparams, spec=spec, saturated=packed)
 
 
+def loud(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> QParams:
+    """The qparams with a scale of NaN for blocks with NaN, which no byte can say.
+
+    On a CPU such a tensor was refused before. Scales that come from the tensor itself are NaN already.
+    """
+    if x.device.type == "cpu" or spec.ranges == "dynamic":
+        return qparams
+    return with_nan(x, qparams, spec)
+
+
+def with_nan(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> QParams:
+    """`loud` on any device."""
+    has_nan = cut(x, spec.granularity).isnan().any(dim=3).any(dim=1)
+    return replace(qparams, scale=torch.where(has_nan, torch.nan, qparams.scale))
+
+
 def encode(
     x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec, carrier: Carrier, out: Shaped[Tensor, "r c"]
 ) -> Tensor | None:
     """The bytes of x, written into `out`; returns 1 where its values saturate, if bytes alone do not tell."""
     rounded = shift_up(spec.format.rint(position(x, qparams, spec)), qparams)
     beyond = None
-    if may_saturate(spec) and not carrier.marks:
+    if may_saturate(spec, carrier) and not carrier.marks:
         difference = rounded.clamp(spec.format.lo, spec.format.hi).sub_(rounded)
         beyond = difference.abs_().clamp_(max=1).ceil_().to(torch.uint8)  # a bool of it would take far longer
     carrier.pack(rounded, cut(out, spec.granularity))
@@ -121,22 +137,24 @@ def decode(
 
 def clip_(grad: Float[Tensor, "r c"], kept: Kept) -> Float[Tensor, "r c"]:
     """The gradient of x from that of the values, in place: 0 where a value saturated."""
-    if not may_saturate(kept.spec):
+    if not may_saturate(kept.spec, kept.carrier):
         return grad
     if kept.saturated is not None:
         return grad.mul_(1 - unpack_bits(kept.saturated, grad.numel()).reshape(grad.shape))
     return grad.mul_(kept.carrier.inside(kept.values))
 
 
-def may_saturate(spec: QuantSpec) -> bool:
+def may_saturate(spec: QuantSpec, carrier: Carrier) -> bool:
     """Some value may lie beyond the grid, and its gradient is asked for.
 
     Scales that come from the tensor itself, by a rule that puts the largest value on the end of the grid or
-    before it, leave nothing beyond: what the division rounds is far less than half a step.
+    before it, leave nothing beyond, if the grid rounds what lies a division's last bit beyond to its end.
     """
     if spec.gradient == "pass-through" or spec.ranges == "learned":
         return False
-    return spec.ranges == "static" or spec.scale_rule not in _TO_THE_END.get(spec.scale_format, ())
+    if spec.ranges == "static" or not carrier.holds_its_ends:
+        return True
+    return spec.scale_rule not in _TO_THE_END.get(spec.scale_format, ())
 
 
 def pack_bits(bits: Tensor) -> Tensor:
