@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from recoup import calibrate, prepare, resolve
 from recoup.nn import call, kept_weight, quantization_off
 from recoup.nn.fake_quantizer import NonFiniteError
-from recoup.numerics.kernels import functions
+from recoup.numerics.kernels import place
 from recoup.schemes import Scheme
 from tests.models import MLP, PAIRS, WIDTH, Row, built, features, name_of, recipe, tensors
 
@@ -118,9 +118,9 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decide = kept_weight._decided
 
-    def counted(quantizer: Any, weight: Tensor) -> Any:
+    def counted(quantizer: Any, weight: Tensor, over: Tensor | None = None) -> Any:
         names.append(quantizer.path)
-        return decide(quantizer, weight)
+        return decide(quantizer, weight, over)
 
     monkeypatch.setattr(kept_weight, "_decided", counted)
     return names
@@ -205,7 +205,7 @@ def test_a_loaded_state_is_noticed(decided: list[str]) -> None:
 
 def test_inference_mode_and_training_take_turns() -> None:
     model, x = mlp(), features()
-    vars(functions._buffers).clear()  # as in a process that evaluates first
+    vars(place._held).clear()  # as in a process that evaluates first
     with torch.inference_mode():
         y = model(x)
     model(x).sum().backward()
@@ -299,7 +299,7 @@ def test_another_input_quantizer_is_called() -> None:
 
 def test_a_default_device_is_not_the_models() -> None:
     model, x = mlp(), features()
-    vars(functions._buffers).clear()
+    vars(place._held).clear()
     with torch.device("meta"):
         y = model(x)
     assert torch.equal(model(x), y)

@@ -21,7 +21,6 @@ from recoup.numerics import (
     kernels,
     learned_qparams,
     qparams_of,
-    storable,
 )
 
 
@@ -112,10 +111,26 @@ class FakeQuantizer(LatticeState):
             return x
         view = self.view(x)
         qparams = self.qparams(view)
-        self.check(view, qparams)
         if self.impl == "reference" or torch.compiler.is_compiling():  # inductor fuses the reference itself
+            self.check(view, qparams)
             return fake_quantize(view, qparams, self.spec).reshape(x.shape)
-        return kernels.fake_quantize(view, qparams, self.spec, kernels.KERNELS[self.impl]).reshape(x.shape)
+        implementation = kernels.KERNELS[self.impl]
+        try:
+            return kernels.fake_quantize(view, qparams, self.spec, implementation).reshape(x.shape)
+        except kernels.NotFiniteError:
+            raise NonFiniteError(self.path) from None
+
+    @torch.no_grad()
+    def kept(self, view: Tensor, qparams: QParams | None = None, over: Tensor | None = None) -> kernels.Kept:
+        """The codes of a 2-D view as bytes, by the kernels that were chosen; see `kernels.kept.keep`.
+
+        Raises:
+            NonFiniteError: the view is not finite.
+        """
+        try:
+            return kernels.KERNELS[self.impl].keep(view, qparams, self.spec, over)
+        except kernels.NotFiniteError:
+            raise NonFiniteError(self.path) from None
 
     def check(self, view: Tensor, qparams: QParams) -> None:
         """Look for NaN and infinity in a 2-D view; in its scales alone, where those are of its own values.
@@ -153,9 +168,13 @@ class FakeQuantizer(LatticeState):
     def stored_qparams(self) -> QParams:
         """The qparams of static and learned ranges: they do not depend on the tensor."""
         assert self.scale is not None, "dynamic ranges store no scale"
-        if self.zero_point is not None:
-            scale, zero_point = storable(self.scale, self.spec.scale_format), self.zero_point
-            return QParams(scale=scale, zero_point=zero_point, global_scale=self.global_scale)
+        if self.spec.ranges == "static":  # `keep` got them as they are stored
+            return QParams(
+                scale=self.scale,
+                zero_point=self.zero_point,
+                offset=self.offset,
+                global_scale=self.global_scale,
+            )
         return learned_qparams(self.scale, self.offset, self.global_scale, self.spec)
 
     @torch.no_grad()

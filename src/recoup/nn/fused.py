@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn.fake_quantizer import FakeQuantizer
+from recoup.nn.kept_input import kept_input
 from recoup.nn.kept_weight import kept_weight
 from recoup.numerics.kernels import KERNELS, linear
 
@@ -50,10 +51,10 @@ def fused_linear(
     """
     of_x = None
     if isinstance(input_quantizer, FakeQuantizer):
-        view = input_quantizer.view(x)
-        of_x = input_quantizer.qparams(view), input_quantizer.spec
-        input_quantizer.check(view, of_x[0])
+        codes = kept_input(input_quantizer, x)
+        learned = input_quantizer.spec.ranges == "learned"  # with gradients, then
+        of_x = input_quantizer.stored_qparams if learned else codes.qparams, codes
     codes = kept_weight(weight_quantizer, weight)
-    learned = weight_quantizer.spec.ranges == "learned"  # with gradients, then
-    of_weight = weight_quantizer.qparams(weight) if learned else codes.qparams
-    return linear(x, of_x, weight, of_weight, codes, bias, KERNELS[weight_quantizer.impl])
+    learned = weight_quantizer.spec.ranges == "learned"
+    of_weight = weight_quantizer.stored_qparams if learned else codes.qparams, codes
+    return linear(x, of_x, weight, of_weight, bias, KERNELS[weight_quantizer.impl])

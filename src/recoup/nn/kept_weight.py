@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recoup.nn.fake_quantizer import FakeQuantizer
-from recoup.numerics.kernels import KERNELS, Kept
+from recoup.numerics.kernels import Kept
 
 _kept: WeakKeyDictionary[FakeQuantizer, tuple[tuple[Any, ...], Kept]] = WeakKeyDictionary()
 _steps = 0
@@ -50,21 +50,22 @@ def kept_weight(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
     state = [weight, *quantizer.parameters(), *quantizer.buffers()]
     if not training or any(tensor.is_inference() for tensor in state):  # those have no version number
         return _decided(quantizer, weight)
-    seen = (
-        (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.dtype, tensor._version)  # pyright: ignore[reportPrivateUsage]
-        for tensor in state
+    places = tuple(
+        (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.dtype) for tensor in state
     )
-    key = (_steps, quantizer.loads, quantizer.spec, *seen)
-    found = _kept.pop(quantizer, None)
+    times = (_steps, quantizer.loads, *(tensor._version for tensor in state))  # pyright: ignore[reportPrivateUsage]
+    key = (quantizer.spec, quantizer.impl, places), times
+    found = _kept.get(quantizer)
     if found is None or found[0] != key:
-        found = None  # the codes before need not outlive the making of these
-        found = key, _decided(quantizer, weight)
-    _kept[quantizer] = found
+        # A tensor that was written to in place has no gradient from before any more, and so its bytes too
+        # may be written over. Another tensor's may be needed still.
+        over = found[1].values if found is not None and found[0][0] == key[0] else None
+        found = key, _decided(quantizer, weight, over)
+        _kept[quantizer] = found
     return found[1]
 
 
-@torch.no_grad()
-def _decided(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
-    qparams = quantizer.qparams(weight)
-    quantizer.check(weight, qparams)
-    return KERNELS[quantizer.impl].keep(weight, qparams, quantizer.spec)
+def _decided(quantizer: FakeQuantizer, weight: Tensor, over: Tensor | None = None) -> Kept:
+    if over is not None:
+        torch.autograd.graph.increment_version(over)  # so that a backward pass from before notices
+    return quantizer.kept(weight, quantizer.qparams(weight), over)

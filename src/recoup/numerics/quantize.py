@@ -10,6 +10,8 @@ do; torchao multiplies by the reciprocal, which moves some codes by one), and it
 rounding (ONNX again).
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -152,7 +154,7 @@ def dequantize(codes: Shaped[Tensor, "r c"], qparams: QParams, spec: QuantSpec) 
 
 def is_finite(x: Tensor) -> bool:
     """No NaN and no infinity, asked in one pass; an answer, so it waits for the device."""
-    return x.numel() == 0 or all(bool(bound.isfinite()) for bound in x.aminmax())
+    return x.numel() == 0 or all(math.isfinite(bound.item()) for bound in x.aminmax())
 
 
 def position(

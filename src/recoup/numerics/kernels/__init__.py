@@ -4,11 +4,21 @@
     fused       torch's own operations over bytes, in place: `kept.py`
     compiled    the same with kernels that inductor makes, C++ or Triton: `compiled.py`
 
-Read `carrier.py`, `kept.py`, `compiled.py`, `choose.py` and `functions.py`, in that order.
+Read `carrier.py`, `place.py`, `kept.py`, `compiled.py`, `choose.py` and `functions.py`, in that order.
 """
 
 from recoup.numerics.kernels.choose import KERNELS, Choice, Impl, Kernels, choose
 from recoup.numerics.kernels.functions import fake_quantize, linear
-from recoup.numerics.kernels.kept import Kept
+from recoup.numerics.kernels.kept import Kept, NotFiniteError
 
-__all__ = ["KERNELS", "Choice", "Impl", "Kept", "Kernels", "choose", "fake_quantize", "linear"]
+__all__ = [
+    "KERNELS",
+    "Choice",
+    "Impl",
+    "Kept",
+    "Kernels",
+    "NotFiniteError",
+    "choose",
+    "fake_quantize",
+    "linear",
+]

@@ -28,6 +28,7 @@ class Carrier:
         above: the same upwards. With (below, above) = (lo, hi) nothing is marked.
         holds_its_ends: a value at an end of the grid, or at the other end's mirror, does not saturate for the
             last bit of a division.
+        rounds: `grid.rint` is torch.round, which works in place.
     """
 
     grid: Format
@@ -35,6 +36,7 @@ class Carrier:
     below: float
     above: float
     holds_its_ends: bool
+    rounds: bool
 
     @property
     def marks(self) -> bool:
@@ -45,6 +47,10 @@ class Carrier:
     def dtype(self) -> torch.dtype:
         """Of the bytes."""
         return self.grid.code_dtype if self.unit is None else torch.int8
+
+    def rint_(self, x: Tensor) -> Tensor:
+        """`grid.rint`, in place, but for the sign of zero: bytes that are integers have none."""
+        return x.round_() if self.rounds else x.copy_(self.grid.rint(x))
 
     def pack(self, rounded: Tensor, out: Tensor) -> Tensor:
         """Bytes of float32 values on the grid, which may lie beyond its ends and are written over."""
@@ -57,16 +63,27 @@ class Carrier:
         """The values of bytes, saturated, written into a float32 tensor."""
         if self.unit is None:
             return out.copy_(self.grid.decode(kept))
-        out.copy_(self._saturated(kept) if self.marks else kept)
+        out.copy_(kept)
+        if self.marks:
+            out.clamp_(*self._ends)
         return out if self.unit == 1 else out.mul_(self.unit)
 
-    def inside(self, kept: Tensor) -> Tensor:
-        """1 where a value did not saturate, else 0; as int8, because torch is slow with bool on a CPU."""
-        return self._saturated(kept).sub_(kept).abs_().clamp_(max=1).neg_().add_(1)
+    def clip_(self, grad: Tensor, kept: Tensor, work: Tensor) -> Tensor:
+        """A gradient, in place, with 0 where the byte says that a value saturated.
 
-    def _saturated(self, kept: Tensor) -> Tensor:
+        Args:
+            grad: contiguous.
+            kept: the bytes.
+            work: as large as the gradient, and of its dtype, which has room for every byte; is written over.
+        """
+        lo, hi = self._ends
+        halfway = lo - 0.5, hi + 0.5  # hardtanh's gradient is 0 at its ends and beyond, and 1 between them
+        return torch.ops.aten.hardtanh_backward.grad_input(grad, work.copy_(kept), *halfway, grad_input=grad)
+
+    @property
+    def _ends(self) -> tuple[float, float]:
         assert self.unit is not None, "codes say nothing of saturation"
-        return kept.clamp(round(self.grid.lo / self.unit), round(self.grid.hi / self.unit))
+        return self.grid.lo / self.unit, self.grid.hi / self.unit
 
 
 @cache
@@ -80,7 +97,10 @@ def carrier_of(grid: Format) -> Carrier:
     unit, lo, hi = grid.floor, grid.lo, grid.hi
     a_little_more = float(grid.rint(torch.tensor(hi * (1 + 2.0**-20))))
     holds = a_little_more == hi and -lo >= hi
-    codes = Carrier(grid=grid, unit=None, below=lo, above=hi, holds_its_ends=holds)
+    reach = min(2 * max(-lo, hi), 2.0**10)
+    quarters = torch.arange(-4 * reach, 4 * reach + 1) / 4
+    rounds = torch.equal(grid.rint(quarters), quarters.round())
+    codes = Carrier(grid=grid, unit=None, below=lo, above=hi, holds_its_ends=holds, rounds=rounds)
     if math.frexp(unit)[0] != 0.5:  # no power of two, so that dividing by it would round
         return codes
     numbers = grid.decode(torch.arange(2**grid.bits).to(grid.code_dtype))
@@ -91,4 +111,4 @@ def carrier_of(grid: Format) -> Carrier:
     below, above = (2 * lo if lo < 0 else -unit), 2 * hi
     if below / unit < -128 or above / unit > 127:
         below, above = lo, hi
-    return Carrier(grid=grid, unit=unit, below=below, above=above, holds_its_ends=holds)
+    return Carrier(grid=grid, unit=unit, below=below, above=above, holds_its_ends=holds, rounds=rounds)

@@ -1,9 +1,13 @@
-"""Kernels that torch's inductor makes of the reference: C++ on a CPU, Triton on a GPU.
+"""Kernels that torch's inductor makes of the functions in `kept.py`: C++ on a CPU, Triton on a GPU.
 
-The functions are those of `kept.py`, and so are the values, bit for bit: inductor is told to divide and to
-round as eager torch does. A kernel is made when it is first used, for one lattice, and serves any number of
-rows. On a CPU only quantizing is compiled: of an int8 tensor inductor loads eight bytes by way of the stack,
-which made restoring 106 M values take 0.23 s against 0.03 s of torch's own copy and multiplication.
+The values are the same, bit for bit: inductor is told to divide and to round as eager torch does. A kernel is
+made when it is first used, for one lattice, one width and one dtype, and serves any number of rows. It is
+called directly, without the guards of `torch.compile`, which take longer than a kernel over a small weight;
+what they would guard is in the key of `_kernel`.
+
+Bytes are read back by a kernel only where inductor has an instruction for it. With AVX2 it loads eight of
+them by way of the stack, which made restoring 106 M values take 0.23 s against 0.03 s of torch's own copy
+and multiplication.
 """
 
 import os
@@ -14,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,10 +26,15 @@ from torch import Tensor
 from recoup.numerics.granularity import per_channel, per_tensor
 from recoup.numerics.kernels import kept as eager
 from recoup.numerics.kernels.carrier import Carrier, carrier_of
-from recoup.numerics.kernels.kept import Kept, may_saturate, pack_bits
+from recoup.numerics.kernels.kept import Kept, NotFiniteError, may_saturate, pack_bits
+from recoup.numerics.quantize import is_finite, qparams_of
 from recoup.numerics.spec import QParams, QuantSpec
 
+Found = tuple[Tensor | None, ...]
+Function = Callable[..., Found]
+
 _AS_EAGER: dict[str, Any] = {"eager_numerics.division_rounding": True, "emulate_precision_casts": True}
+_kernels: dict[tuple[Any, ...], Callable[..., Found]] = {}
 
 
 def missing(device: torch.device) -> str | None:
@@ -43,92 +51,156 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def keep(x: Tensor, qparams: QParams, spec: QuantSpec) -> Kept:
+def keep(x: Tensor, qparams: QParams | None, spec: QuantSpec, over: Tensor | None) -> Kept:
     """See `kept.keep`."""
     if x.numel() == 0:
-        return eager.keep(x, qparams, spec)
-    qparams = eager.loud(x, qparams, spec)
-    lines, scales, one = _lines(x.detach(), qparams, spec)
-    values, saturated = _kernel(_encode, one, lines.shape[1])(lines, *_parts(scales))
-    return Kept(
-        values=values.reshape(x.shape),
-        qparams=qparams,
-        spec=spec,
-        saturated=None if saturated is None else pack_bits(saturated),
-    )
+        return eager.keep(x, qparams, spec, over)
+    if over is None:
+        over = torch.empty(x.shape, dtype=carrier_of(spec.format).dtype, device=x.device)
+    one, lines = _lines(x.detach(), spec)
+    places = lines, over.view(lines.shape)
+    if qparams is None:
+        saturated, *found = _run(_choose_and_encode, one, *places)
+        qparams = _blocks(found, spec.granularity.scale_shape(*x.shape))
+        bounds = qparams.scale
+    else:
+        qparams = eager.loud(x, qparams, spec)
+        saturated, bounds = _run(_encode, one, *places, *_rows(qparams, spec))
+    assert bounds is not None, "both kernels give bounds"
+    if x.device.type == "cpu" and not is_finite(bounds):
+        raise NotFiniteError
+    bits = None if saturated is None else pack_bits(saturated)
+    return Kept(values=over, qparams=qparams, spec=spec, saturated=bits)
 
 
 def restore(kept: Kept, out: Tensor) -> Tensor:
     """See `kept.restore`."""
-    if out.device.type == "cpu" or out.numel() == 0:
+    if out.numel() == 0 or not _reads_bytes(out.device):
         return eager.restore(kept, out)
-    lines, scales, one = _lines(kept.values, kept.qparams, kept.spec)
-    return out.copy_(_kernel(_decode, one, lines.shape[1])(lines, *_parts(scales)).reshape(out.shape))
+    one, lines = _lines(kept.values, kept.spec)
+    _run(_decode, one, lines, out.view(lines.shape), *_rows(kept.qparams, kept.spec))
+    return out
 
 
 def clip_(grad: Tensor, kept: Kept) -> Tensor:
-    """See `kept.clip_`; here the result may be a new tensor."""
-    if grad.device.type == "cpu" or kept.saturated is not None or not may_saturate(kept.spec, kept.carrier):
+    """See `kept.clip_`."""
+    simple = kept.saturated is None and may_saturate(kept.spec, kept.carrier)
+    if grad.numel() == 0 or not simple or not _reads_bytes(grad.device):
         return eager.clip_(grad, kept)
-    return _kernel(_clip, kept.spec, 1)(grad.reshape(-1), kept.values.reshape(-1)).reshape(grad.shape)
+    _run(_clip, kept.spec, kept.values.view(-1), grad.view(-1))
+    return grad
 
 
-def _encode(
-    spec: QuantSpec, carrier: Carrier, x: Tensor, *scales: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    values = torch.empty(x.shape, dtype=carrier.dtype, device=x.device)
-    return values, eager.encode(x, _qparams(scales), spec, carrier, values)
+def _encode(spec: QuantSpec, carrier: Carrier, x: Tensor, out: Tensor, *scales: Tensor | None) -> Found:
+    """What saturates, if bytes alone do not tell, and numbers that are finite only if x is."""
+    work = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return eager.encode(x, _qparams(scales), spec, carrier, out, work), x.abs().amax(dim=1)
 
 
-def _decode(spec: QuantSpec, carrier: Carrier, values: Tensor, *scales: Tensor | None) -> Tensor:
-    out = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    return eager.decode(values, _qparams(scales), spec, carrier, out)
+def _choose_and_encode(spec: QuantSpec, carrier: Carrier, x: Tensor, out: Tensor) -> Found:
+    """What saturates, and the qparams of x's own values."""
+    qparams = qparams_of(x, spec)
+    return _encode(spec, carrier, x, out, *_parts(qparams))[0], *_parts(qparams)
 
 
-def _clip(spec: QuantSpec, carrier: Carrier, grad: Tensor, values: Tensor) -> Tensor:
+def _decode(spec: QuantSpec, carrier: Carrier, values: Tensor, out: Tensor, *scales: Tensor | None) -> Found:
+    work = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    out.copy_(eager.decode(values, _qparams(scales), spec, carrier, work))
+    return ()
+
+
+def _clip(spec: QuantSpec, carrier: Carrier, values: Tensor, grad: Tensor) -> Found:
     del spec
-    return grad * carrier.inside(values)
+    carrier.clip_(grad, values, torch.empty_like(grad))
+    return ()
+
+
+def _reads_bytes(device: torch.device) -> bool:
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _run(function: Function, spec: QuantSpec, *tensors: Tensor | None) -> Found:
+    """One of the functions above, by its kernel."""
+    # The axis of any length: the last one of a single block or a single axis, else the rows.
+    along = -1 if spec.granularity == per_tensor or function is _clip else 0
+    first = tensors[0]
+    assert first is not None, "there is something to read"
+    if first.shape[along] == 1:  # which is a size of its own to whoever traces
+        return function(spec, carrier_of(spec.format), *tensors)
+    width = 0 if along == -1 else first.shape[1]
+    dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+    key = (function, spec, width, dtypes, first.device, torch.get_num_threads())
+    kernel = _kernels.get(key)
+    if kernel is None:
+        kernel = _kernels[key] = _kernel(function, spec, along, tensors)
+    return kernel(*tensors)
+
+
+def _kernel(
+    function: Function, spec: QuantSpec, along: int, tensors: Sequence[Tensor | None]
+) -> Callable[..., Found]:
+    """A function, compiled for tensors like these, with any number of elements along one axis."""
+    # Imported late: they take a second, which `import recoup` need not.
+    from torch._inductor import standalone_compile
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    def symbolic(tensor: Tensor) -> Tensor:
+        sizes = [DimDynamic.STATIC] * tensor.ndim
+        if tensor.ndim and tensor.shape[along] > 1:
+            sizes[along] = DimDynamic.DYNAMIC
+        return fake.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+    # Graphs know no None: where there is one, among what comes in and what goes out, is known here.
+    carrier, comes = carrier_of(spec.format), [tensor is not None for tensor in tensors]
+    goes: list[bool] = []
+
+    def traced(*given: Tensor) -> tuple[Tensor, ...]:
+        each = iter(given)
+        found = function(spec, carrier, *(next(each) if there else None for there in comes))
+        goes[:] = [tensor is not None for tensor in found]
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    with torch.no_grad(), FakeTensorMode(shape_env=ShapeEnv(duck_shape=False)) as fake:
+        examples = [symbolic(tensor) for tensor in tensors if tensor is not None]
+        graph = make_fx(traced)(*examples)
+    assert not isinstance(examples[0].shape[along], int), "traced for one size"
+    run = standalone_compile(graph, [*examples], options={"config_patches": _AS_EAGER})
+
+    def kernel(*tensors: Tensor | None) -> Found:
+        each = iter(run(*(tensor for tensor in tensors if tensor is not None)))
+        return tuple(next(each) if there else None for there in goes)
+
+    return kernel
+
+
+def _lines(x: Tensor, spec: QuantSpec) -> tuple[QuantSpec, Tensor]:
+    """A view in which every row is a block, if blocks lie in one piece: so one kernel serves all shapes."""
+    if spec.granularity == per_tensor:
+        return spec, x.reshape(1, -1)
+    if spec.granularity.rows != 1:
+        return spec, x
+    return _by_lines(spec), x.reshape(-1, spec.granularity.columns or x.shape[1])
 
 
 @cache
-def _kernel(function: Callable[..., Any], spec: QuantSpec, width: int) -> Callable[..., Any]:
-    """One of the functions above, compiled for a lattice and for lines of one length."""
-    along = int(spec.granularity == per_tensor and function is not _clip)
-    if along == 1 and width:  # of any length
-        return _kernel(function, spec, 0)
-    carrier = carrier_of(spec.format)
-
-    def kernel(*tensors: Tensor | None) -> Any:
-        return function(spec, carrier, *tensors)
-
-    # Dynamo counts recompilations by code object, and all lattices and widths would share one, and its limit.
-    code = kernel.__code__.replace(co_name=f"kernel_{function.__name__}")
-    own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
-    run = torch.compile(own, fullgraph=True, dynamic=False, options=_AS_EAGER)
-
-    # Imported late: Dynamo takes a second, which `import recoup` need not.
-    from torch._dynamo import maybe_mark_dynamic
-
-    def on_lines(*tensors: Tensor | None) -> Any:
-        for tensor in tensors:
-            if tensor is not None and tensor.ndim > 0:
-                maybe_mark_dynamic(tensor, along)
-        return run(*tensors)
-
-    return on_lines
+def _by_lines(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, granularity=per_channel)
 
 
-def _lines(x: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, QParams, QuantSpec]:
-    """A view in which every row is a block, if blocks lie in one piece: so one kernel serves all shapes."""
-    if spec.granularity == per_tensor:
-        return x.reshape(1, -1), qparams, spec
-    if spec.granularity.rows != 1:
-        return x, qparams, spec
-    count = qparams.scale.numel()
-    scale, zero_point, offset, global_scale = _parts(qparams)
-    lines = [None if tensor is None else tensor.reshape(count, 1) for tensor in (scale, zero_point, offset)]
-    scales = _qparams((*lines, global_scale))
-    return x.reshape(count, -1), scales, replace(spec, granularity=per_channel)
+def _rows(qparams: QParams, spec: QuantSpec) -> tuple[Tensor | None, ...]:
+    """The parts of qparams in the shape that goes with `_lines`."""
+    if spec.granularity == per_tensor or spec.granularity.rows != 1:
+        return _parts(qparams)
+    *blocks, global_scale = _parts(qparams)
+    return *(None if tensor is None else tensor.reshape(-1, 1) for tensor in blocks), global_scale
+
+
+def _blocks(rows: Sequence[Tensor | None], shape: tuple[int, int]) -> QParams:
+    """The inverse of `_rows`."""
+    *blocks, global_scale = rows
+    return _qparams((*(None if tensor is None else tensor.reshape(shape) for tensor in blocks), global_scale))
 
 
 def _parts(qparams: QParams) -> tuple[Tensor | None, ...]:

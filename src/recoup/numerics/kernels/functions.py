@@ -2,10 +2,10 @@
 
 `linear` is y = Q(x) Q(W)^T + b. Written with `fake_quantize`, autograd keeps Q(x) and Q(W) in float32, and a
 mask for each. Here their codes are kept, and both passes dequantize them; values and gradients are the same.
-In float, and where a scale is learned, x itself is kept too.
+In float, and where a scale is learned, x itself is kept too. Who calls decides the codes, and so how long
+they serve: a weight's for a step, an input's for all layers that read it.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -20,10 +20,10 @@ from recoup.numerics import fake_quantize as reference
 from recoup.numerics.kernels.carrier import carrier_of
 from recoup.numerics.kernels.choose import Kernels
 from recoup.numerics.kernels.kept import Kept, may_saturate
+from recoup.numerics.kernels.place import place
 from recoup.numerics.spec import QParams, QuantSpec
 
 _FIELDS = tuple(field.name for field in fields(QParams))
-_buffers = threading.local()
 
 
 def fake_quantize(
@@ -35,30 +35,29 @@ def fake_quantize(
 
 def linear(
     x: Float[Tensor, "*n i"],
-    of_x: tuple[QParams, QuantSpec] | None,
+    of_x: tuple[QParams, Kept] | None,
     weight: Float[Tensor, "o i"],
-    of_weight: QParams,
-    codes: Kept,
+    of_weight: tuple[QParams, Kept],
     bias: Float[Tensor, " o"] | None,
     kernels: Kernels,
 ) -> Float[Tensor, "*n o"]:
     """F.linear(fake_quantize(x), fake_quantize(weight), bias).
 
     Args:
-        x: the input.
-        of_x: its qparams and lattice; None leaves it in float.
-        weight: the master weight, which gets the gradient.
-        of_weight: its qparams, which get one where they are learned.
-        codes: what `kernels.keep` makes of both.
+        x: the input, which gets a gradient.
+        of_x: its qparams, which get one where they are learned, and what `kernels.keep` made of x's 2-D view
+            and them; None leaves x in float.
+        weight: the master weight.
+        of_weight: the same of the weight.
         bias: or none.
         kernels: an implementation.
     """
-    qparams, spec = (None, None) if of_x is None else of_x
-    given = (codes, spec, kernels, *_tensors(qparams), *_tensors(of_weight))
+    qparams, codes = (None, None) if of_x is None else of_x
+    given = (codes, of_weight[1], kernels, *_tensors(qparams), *_tensors(of_weight[0]))
     return cast(Tensor, _Linear.apply(x, weight, bias, *given))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Factor:
     """A quantized tensor, or x in float: what is kept of it, its values, and its gradients."""
 
@@ -112,7 +111,7 @@ class _Factor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Kernels, spec: QuantSpec, *qparams: Tensor | None) -> Tensor:
-        factor = _Factor(kernels, x, kernels.keep(x, _qparams(qparams), spec))
+        factor = _Factor(kernels, x, kernels.keep(x, _qparams(qparams), spec, None))
         ctx.kernels, ctx.spec = kernels, spec
         ctx.save_for_backward(*factor.saved())
         return factor.values(torch.empty_like(x, memory_format=torch.contiguous_format))
@@ -121,7 +120,8 @@ class _FakeQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         factor = _Factor.of(ctx.kernels, ctx.spec, ctx.saved_tensors)
-        owned = grad.clone() if may_saturate(ctx.spec, carrier_of(ctx.spec.format)) else grad
+        written_over = may_saturate(ctx.spec, carrier_of(ctx.spec.format))
+        owned = grad.clone(memory_format=torch.contiguous_format) if written_over else grad
         of_x, *of_qparams = factor.gradients(owned)
         return of_x, None, None, *of_qparams
 
@@ -133,19 +133,18 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        codes: Kept,
-        spec: QuantSpec | None,
+        codes_of_x: Kept | None,
+        codes_of_weight: Kept,
         kernels: Kernels,
-        *qparams: Tensor | None,
+        *_qparams: Tensor | None,
     ) -> Tensor:
         view = x.reshape(-1, x.shape[-1])
-        kept = None if spec is None else kernels.keep(view, _qparams(qparams[: len(_FIELDS)]), spec)
-        factors = _Factor(kernels, view, kept), _Factor(kernels, weight, codes)
+        factors = _Factor(kernels, view, codes_of_x), _Factor(kernels, weight, codes_of_weight)
         ctx.kernels, ctx.specs = kernels, [factor.spec for factor in factors]
         ctx.shape, ctx.places = x.shape, ((view.shape, x.dtype), (weight.shape, weight.dtype))
         ctx.save_for_backward(*(tensor for factor in factors for tensor in factor.saved()))
-        of_x = factors[0].values(_place("x", view.shape, x.dtype, x.device))
-        of_weight = factors[1].values(_place("weight", weight.shape, weight.dtype, x.device))
+        of_x = factors[0].values(place("x", view.shape, x.dtype, x.device))
+        of_weight = factors[1].values(place("weight", weight.shape, weight.dtype, x.device))
         y = F.linear(of_x.view(x.shape), of_weight, bias)
         return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be written to in place afterwards
 
@@ -158,7 +157,7 @@ class _Linear(torch.autograd.Function):
         weight = _Factor.of(ctx.kernels, ctx.specs[1], saved[half:])
         grad = grad.reshape(-1, grad.shape[-1])
         places = [
-            _place(name, shape, dtype, grad.device)
+            place(name, shape, dtype, grad.device)
             for name, (shape, dtype) in zip(("x", "weight"), ctx.places, strict=True)
         ]
         for_x, for_weight, for_bias, _, _, _, *for_qparams = ctx.needs_input_grad
@@ -170,21 +169,6 @@ class _Linear(torch.autograd.Function):
         bias = grad.sum(0) if for_bias else None
         grad_x = None if of_x[0] is None else of_x[0].view(ctx.shape)
         return grad_x, of_weight[0], bias, None, None, None, *of_x[1:], *of_weight[1:]
-
-
-def _place(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for values that one product needs.
-
-    On a CPU it is the same memory every time, so that it lies in the cache, and the system need not find and
-    clear pages for it; elsewhere torch's allocator sees to that.
-    """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    held, slot = vars(_buffers), f"{name} {dtype}"
-    if slot not in held or held[slot].numel() < shape.numel():
-        with torch.inference_mode(False):  # or it could never be written to outside of it
-            held[slot] = torch.empty(shape.numel(), dtype=dtype, device=device)
-    return cast(Tensor, held[slot][: shape.numel()].view(shape))
 
 
 def _tensors(qparams: QParams | None) -> tuple[Tensor | None, ...]:

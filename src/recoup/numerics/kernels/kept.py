@@ -4,8 +4,9 @@
     restore(kept, out)                  the values that `fake_quantize(x)` has, bit for bit
     clip_(grad, kept)                   the straight-through gradient of x, in place
 
-On a CPU they run over pieces of rows that stay in the cache from one operation to the next, so that memory is
-read once and written once. `compiled.py` makes one kernel of each instead.
+On a CPU they run over pieces that stay in a core's cache from one operation to the next, so that memory is
+read once and written once; and in place, because fresh memory costs more than what is done with it.
+`compiled.py` makes one kernel of each instead.
 """
 
 from collections.abc import Iterator
@@ -18,12 +19,12 @@ from torch import Tensor
 from recoup.numerics.floats import E8M0, FLOAT32
 from recoup.numerics.granularity import cut, spread
 from recoup.numerics.kernels.carrier import Carrier, carrier_of
-from recoup.numerics.quantize import position, shift_up
+from recoup.numerics.kernels.place import place
+from recoup.numerics.quantize import is_finite, qparams_of
 from recoup.numerics.spec import QParams, QuantSpec
 
-# Elements of a piece. Quantizing makes some float32 copies of one, which have to fit in a core's cache;
-# restoring makes none, and a piece is only as small as a shared cache.
-PIECE, RESTORED_PIECE = 2**19, 2**21
+# Elements of a piece: float32 values that fit in a core's cache.
+PIECE = 2**18
 _TO_THE_END = {  # by scale format: the rules that put a block's largest value on the grid's end or before it
     FLOAT32: ("narrow", "no-clip", "pow2", "ceil", "rceil"),
     E8M0: ("pow2", "ceil", "rceil"),
@@ -58,23 +59,43 @@ class Kept:
         return self.values.nbytes + (0 if self.saturated is None else self.saturated.nbytes)
 
 
-def keep(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Kept:
+class NotFiniteError(ValueError):
+    """A tensor holds NaN or infinity, which no byte can say."""
+
+
+def keep(
+    x: Float[Tensor, "r c"], qparams: QParams | None, spec: QuantSpec, over: Shaped[Tensor, "r c"] | None
+) -> Kept:
     """Quantize x to kept bytes.
 
-    >>> from recoup.numerics import IntFormat, QuantSpec, fake_quantize, per_group, qparams_of
+    Args:
+        x: what is quantized.
+        qparams: with which; None takes those of x's own values.
+        spec: the lattice.
+        over: kept bytes that nobody needs any more, to be written over; None makes new ones.
+
+    Raises:
+        NotFiniteError: x is not finite. Only on a CPU: elsewhere an answer would have to be waited for, and
+            a block with NaN stays NaN; see `loud`.
+
+    >>> from recoup.numerics import IntFormat, fake_quantize, per_group
     >>> spec = QuantSpec(
     ...     format=IntFormat(4), granularity=per_group(32), scale_rule="half-range", ranges="static"
     ... )
     >>> x = torch.randn(4, 64)
-    >>> kept = keep(x, qparams_of(x, spec), spec)
+    >>> kept = keep(x, qparams_of(x, spec), spec, None)
     >>> torch.equal(restore(kept, torch.empty(4, 64)), fake_quantize(x, kept.qparams, spec)), kept.nbytes
     (True, 256)
     """
-    carrier, qparams = carrier_of(spec.format), loud(x, qparams, spec)
-    values = torch.empty(x.shape, dtype=carrier.dtype, device=x.device)
+    x, carrier = x.detach(), carrier_of(spec.format)
+    qparams = loud(x, qparams_of(x, spec) if qparams is None else qparams, spec)
+    if x.device.type == "cpu" and not is_finite(qparams.scale if spec.ranges == "dynamic" else x):
+        raise NotFiniteError
+    values = torch.empty(x.shape, dtype=carrier.dtype, device=x.device) if over is None else over
     bits: list[Tensor] = []
-    for rows, of_rows in _pieces(x, qparams, spec, PIECE):
-        saturated = encode(x[rows], of_rows, spec, carrier, values[rows])
+    for rows, of_rows in _pieces(x, qparams, spec):
+        work = place("position", x[rows].shape, torch.float32, x.device)
+        saturated = encode(x[rows], of_rows, spec, carrier, values[rows], work)
         if saturated is not None:
             bits.append(saturated)
     packed = pack_bits(torch.cat(bits)) if bits else None
@@ -84,7 +105,7 @@ def keep(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> Kept:
 def loud(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> QParams:
     """The qparams with a scale of NaN for blocks with NaN, which no byte can say.
 
-    On a CPU such a tensor was refused before. Scales that come from the tensor itself are NaN already.
+    On a CPU such a tensor is refused. Scales that come from the tensor itself are NaN already.
     """
     if x.device.type == "cpu" or spec.ranges == "dynamic":
         return qparams
@@ -98,10 +119,26 @@ def with_nan(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> QPar
 
 
 def encode(
-    x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec, carrier: Carrier, out: Shaped[Tensor, "r c"]
+    x: Float[Tensor, "r c"],
+    qparams: QParams,
+    spec: QuantSpec,
+    carrier: Carrier,
+    out: Shaped[Tensor, "r c"],
+    work: Float[Tensor, "r c"],
 ) -> Tensor | None:
-    """The bytes of x, written into `out`; returns 1 where its values saturate, if bytes alone do not tell."""
-    rounded = shift_up(spec.format.rint(position(x, qparams, spec)), qparams)
+    """The bytes of x, written into `out`; returns 1 where its values saturate, if bytes alone do not tell.
+
+    The steps of `numerics.quantize`, in place in `work`.
+    """
+    rounded = cut(work, spec.granularity)
+    if qparams.offset is None:
+        torch.div(cut(x, spec.granularity), spread(qparams.step), out=rounded)
+    else:
+        torch.sub(cut(x, spec.granularity), spread(qparams.offset), out=rounded)
+        rounded.div_(spread(qparams.step))
+    carrier.rint_(rounded)
+    if qparams.zero_point is not None:
+        rounded.add_(spread(qparams.zero_point))
     beyond = None
     if may_saturate(spec, carrier) and not carrier.marks:
         difference = rounded.clamp(spec.format.lo, spec.format.hi).sub_(rounded)
@@ -112,12 +149,12 @@ def encode(
 
 def restore(kept: Kept, out: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
     """The values, written into `out` (contiguous) and rounded to its dtype as `fake_quantize` does."""
-    for rows, of_rows in _pieces(kept.values, kept.qparams, kept.spec, RESTORED_PIECE):
+    for rows, of_rows in _pieces(kept.values, kept.qparams, kept.spec):
         if out.dtype == torch.float32:
             decode(kept.values[rows], of_rows, kept.spec, kept.carrier, out[rows])
         else:
-            place = torch.empty(out[rows].shape, dtype=torch.float32, device=out.device)
-            out[rows] = decode(kept.values[rows], of_rows, kept.spec, kept.carrier, place)
+            work = place("values", out[rows].shape, torch.float32, out.device)
+            out[rows] = decode(kept.values[rows], of_rows, kept.spec, kept.carrier, work)
     return out
 
 
@@ -136,12 +173,18 @@ def decode(
 
 
 def clip_(grad: Float[Tensor, "r c"], kept: Kept) -> Float[Tensor, "r c"]:
-    """The gradient of x from that of the values, in place: 0 where a value saturated."""
+    """The gradient of x from that of the values, in place and contiguous: 0 where a value saturated.
+
+    The reference multiplies by 0 there, which makes NaN of infinity and -0 of a negative number.
+    """
     if not may_saturate(kept.spec, kept.carrier):
         return grad
     if kept.saturated is not None:
         return grad.mul_(1 - unpack_bits(kept.saturated, grad.numel()).reshape(grad.shape))
-    return grad.mul_(kept.carrier.inside(kept.values))
+    size = PIECE if grad.device.type == "cpu" else max(1, grad.numel())
+    for part, bytes_ in zip(grad.view(-1).split(size), kept.values.view(-1).split(size), strict=True):
+        kept.carrier.clip_(part, bytes_, place("bytes", part.shape, part.dtype, part.device))
+    return grad
 
 
 def may_saturate(spec: QuantSpec, carrier: Carrier) -> bool:
@@ -165,23 +208,23 @@ def pack_bits(bits: Tensor) -> Tensor:
     """
     planes = torch.nn.functional.pad(bits.reshape(-1), (0, -bits.numel() % 8)).view(8, -1)
     packed = planes[0].clone()
-    for place in range(1, 8):
-        packed |= planes[place] << place
+    for bit in range(1, 8):
+        packed |= planes[bit] << bit
     return packed
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first `count` of them."""
-    return torch.stack([(packed >> place) & 1 for place in range(8)]).reshape(-1)[:count]
+    return torch.stack([(packed >> bit) & 1 for bit in range(8)]).reshape(-1)[:count]
 
 
-def _pieces(x: Tensor, qparams: QParams, spec: QuantSpec, size: int) -> Iterator[tuple[slice, QParams]]:
+def _pieces(x: Tensor, qparams: QParams, spec: QuantSpec) -> Iterator[tuple[slice, QParams]]:
     """Slices of rows, and the qparams of the blocks in them."""
-    if x.device.type != "cpu" or x.numel() <= size:
+    if x.device.type != "cpu" or x.numel() <= PIECE:
         yield slice(None), qparams
         return
     block = spec.granularity.rows
-    count = max(1, size // ((block or 1) * x.shape[1]))  # rows of blocks; or rows, which share all scales
+    count = max(1, PIECE // ((block or 1) * x.shape[1]))  # rows of blocks; or rows, which share all scales
     for start in range(0, x.shape[0] // (block or 1), count):
         rows = slice(start * (block or 1), (start + count) * (block or 1))
         yield rows, qparams if block is None else _of_rows(qparams, slice(start, start + count))
