@@ -39,10 +39,10 @@ _PATH = re.compile(r"[\w.]+")
 _FUNCTIONS = frozenset(
     name
     for names in (
-        "Symbol Integer Float Rational Mul Add Pow Min Max Mod PythonMod FloorDiv CeilDiv CleanDiv IntTrueDiv",
-        "FloatTrueDiv TruncToInt RoundToInt CeilToInt FloorToInt ToFloat PowByNatural ModularIndexing Where",
-        "Equality Unequality StrictLessThan StrictGreaterThan LessThan GreaterThan Eq Ne Lt Le Gt Ge And Or",
-        "Not true false True False oo int_oo Piecewise ExprCondPair Identity",
+        "Symbol Integer Float Rational Mul Add Pow Min Max Mod PythonMod FloorDiv CeilDiv CleanDiv",
+        "IntTrueDiv FloatTrueDiv TruncToInt RoundToInt CeilToInt FloorToInt ToFloat PowByNatural",
+        "ModularIndexing Where Equality Unequality StrictLessThan StrictGreaterThan LessThan GreaterThan",
+        "Eq Ne Lt Le Gt Ge And Or Not true false True False oo int_oo Piecewise ExprCondPair Identity",
     )
     for name in names.split()
 )

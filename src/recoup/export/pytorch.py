@@ -87,7 +87,7 @@ def _trace(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about its own deprecated calls
             return torch.export.export(model, args, kwargs, dynamic_shapes=free)
-    except (RuntimeError, torch._dynamo.exc.UserError) as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"pytorch: torch.export cannot trace the model: {reason}") from error
     finally:
@@ -101,14 +101,18 @@ def _opened(model: nn.Module) -> Generator[frozenset[str]]:
         place: module for place, module in model.named_modules(remove_duplicate=False) if is_coded(module)
     }
     processor = pytorch_modules.Processor()
+
+    def forget(*_: Any) -> None:
+        processor.forget()
+
     traced = {module: pytorch_modules.opened(module, processor).eval() for module in set(places.values())}
     for place, module in places.items():
         model.set_submodule(place, traced[module])
-    forget = model.register_forward_pre_hook(lambda *_: processor.forget())
+    hook = model.register_forward_pre_hook(forget)
     try:
         yield frozenset(places)
     finally:
-        forget.remove()
+        hook.remove()
         for place, module in places.items():
             model.set_submodule(place, module)
 
@@ -131,7 +135,7 @@ def _named(model: nn.Module, names: list[str]) -> Generator[None]:
 
 
 class Call(NamedTuple):
-    """One call of a quantized module, by names of the program's nodes; `entry` is the first with its input."""
+    """One call of a quantized module, by its program's nodes; `entry` is the first with its input."""
 
     module: str
     input: str

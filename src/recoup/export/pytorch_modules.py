@@ -28,6 +28,7 @@ from recoup.nn import CodedConv, CodedEmbedding, CodedLinear, CodedModule, Codes
 from recoup.numerics import FLOAT32, IntFormat, QuantSpec
 from recoup.schemes import Scheme
 
+_int_mm: Callable[[Tensor, Tensor], Tensor] = torch._int_mm  # pyright: ignore
 _LONGEST_INTEGER_SUM = 2**16  # of products of 255 and 128: less than 2^31, also with a zero point
 
 
@@ -110,17 +111,17 @@ class Processor:
         if self._exact is None:
             # oneDNN adds 128 to the first operand, so a pair is 2 * 255 * 127; the size is one of real layers
             largest = torch.full((16, 64), 127, dtype=torch.int8)
-            self._exact = (torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all()
+            self._exact = (_int_mm(largest, largest.t()) == 64 * 127 * 127).all()
         return self._exact
 
 
 def _product(codes: Tensor, weight: Tensor) -> Tensor:
-    return torch._int_mm(codes, weight.t())
+    return _int_mm(codes, weight.t())
 
 
 def _product_of_parts(codes: Tensor, weight: Tensor) -> Tensor:
-    upper = torch._int_mm(codes, (weight >> 1).t())
-    return upper.mul_(2).add_(torch._int_mm(codes, (weight & 1).t()))
+    upper = _int_mm(codes, (weight >> 1).t())
+    return upper.mul_(2).add_(_int_mm(codes, (weight & 1).t()))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,6 +175,8 @@ class _InputCodes(nn.Module):
 class _IntegerLinear(nn.Module):
     """y = (q - zero point) codes^T, in integers, times the scales, plus the bias."""
 
+    codes: Tensor
+    scale: Tensor
     total: Tensor | None
 
     def __init__(self, module: CodedLinear, processor: Processor) -> None:
@@ -213,6 +216,8 @@ class _IntegerLinear(nn.Module):
 class _Packed(nn.Module):
     """Packed rows of codes, and what they stand for."""
 
+    codes: Tensor
+    scale: Tensor
     zero_point: Tensor | None
 
     def __init__(self, weight: Codes) -> None:

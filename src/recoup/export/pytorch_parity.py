@@ -153,7 +153,7 @@ class _Tapped(fx.Interpreter):
         for index, call in enumerate(calls):
             self.entries.setdefault(call["entry"], []).append(index)
             self.exits[call["output"]] = index
-        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
         self.calls = calls
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
