@@ -35,7 +35,7 @@ _OPERATORS = re.compile(
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
 )
 _NAME = re.compile(r"(?!\d)\w*")
-_PATH = re.compile(r"[\w.]+")
+_PATH = re.compile(r"[\w.\- ]+")
 _FUNCTIONS = frozenset(
     name
     for names in (
@@ -134,8 +134,8 @@ def _is_expression(text: Any) -> bool:
     return True
 
 
-def _is_tree(text: Any) -> bool:
-    """A call's arguments, or its outputs: tuples, lists and dicts with plain keys."""
+def _is_tree(text: Any, key: re.Pattern[str] = _PATH) -> bool:
+    """A call's arguments, or its outputs: tuples, lists and dicts whose keys are such names."""
     _, tree = json.loads(text)
     pending = [tree]
     while pending:
@@ -143,7 +143,7 @@ def _is_tree(text: Any) -> bool:
         if spec["type"] not in (None, "builtins.tuple", "builtins.list", "builtins.dict"):
             return False
         keys = [] if spec["context"] is None else json.loads(spec["context"])
-        if not all(isinstance(key, str) and re.fullmatch(r"\w+", key) for key in keys or []):
+        if not all(isinstance(name, str) and key.fullmatch(name) for name in keys or []):
             return False
         pending += spec["children_spec"]
     return True
@@ -166,6 +166,6 @@ _ALLOWED: Mapping[str, Callable[[Any], bool]] = {
     "parameter_name": _matches(_PATH),
     "buffer_name": _matches(_PATH),
     "tensor_constant_name": _matches(_PATH),
-    "in_spec": _is_tree,
+    "in_spec": lambda text: _is_tree(text, _NAME),  # its keys become names in code
     "out_spec": _is_tree,
 }

@@ -198,7 +198,7 @@ class _IntegerLinear(nn.Module):
         codes, scale = codes.flatten(1), scale.flatten(1)
         if self.middle:
             codes = codes.sub_(self.middle)
-        product: Any = torch.cond(
+        product: Any = torch.ops.higher_order.cond(  # torch.cond compiles each branch first, for seconds
             self.processor.multiplies_exactly(),
             _product,
             _product_of_parts,
