@@ -43,7 +43,7 @@ class PytorchModel(nn.Module):
         notes = check_archive(file)
         self.inputs: list[str] = notes["inputs"]
         self.outputs: list[str] = notes["outputs"]
-        self.calls: list[dict[str, str]] = notes["calls"]
+        self.calls: list[dict[str, Any]] = notes["calls"]
         self.exported = _loaded(file)
         self.program = self.exported.module()
 

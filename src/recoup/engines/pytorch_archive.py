@@ -36,6 +36,10 @@ _OPERATORS = re.compile(
 )
 _NAME = re.compile(r"(?!\d)\w*")
 _PATH = re.compile(r"[\w.\- ]+")
+_MALFORMED = (
+    *(zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError),  # the last two: compressed, encrypted
+    *(KeyError, IndexError, TypeError, AttributeError, RecursionError),
+)
 _FUNCTIONS = frozenset(
     name
     for names in (
@@ -57,14 +61,14 @@ def check_archive(file: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             return _checked(file, archive)
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, EOFError, KeyError) as error:
+    except (*_MALFORMED, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: damaged ({error}); export it again") from error
 
 
 def _checked(file: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     if len(sizes) != len(archive.infolist()) or len({name.partition("/")[0] for name in sizes}) != 1:
-        _refuse(file, "two records of one name")
+        _refuse(file, "two records of one name, or not one folder")
     for name in sizes:
         if not _RECORDS.fullmatch(name):
             _refuse(file, f"the record {name}")
@@ -112,7 +116,7 @@ def _is_expression(text: Any) -> bool:
     """Arithmetic of named sizes: calls of known functions on numbers and names, and nothing else."""
     try:
         tree = ast.parse(text, mode="eval")
-    except (SyntaxError, TypeError, ValueError):
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         return False
     for node in ast.walk(tree):
         match node:

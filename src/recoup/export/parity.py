@@ -189,7 +189,7 @@ def _shaken(model: nn.Module, weight_roundoff: float) -> Generator[None]:
         assert isinstance(module, CodedLinear | CodedConv)
         x, terms = inputs[0], module.weight.codes.shape[1]
         size = 2**-24 * terms**0.5 * x.square().mean().sqrt() + weight_roundoff * x.abs()
-        return (x + size * torch.randn(x.shape, generator=noise), *inputs[1:])
+        return ((x + size * torch.randn(x.shape, generator=noise)).to(x.dtype), *inputs[1:])
 
     sums = [module for module in model.modules() if isinstance(module, CodedLinear | CodedConv)]
     handles = [module.register_forward_pre_hook(shake) for module in sums]

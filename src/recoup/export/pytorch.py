@@ -135,11 +135,18 @@ def _named(model: nn.Module, names: list[str]) -> Generator[None]:
 
 
 class Call(NamedTuple):
-    """One call of a quantized module, by its program's nodes; `entry` is the first with its input."""
+    """One call of a quantized module, by its program's nodes.
+
+    Args:
+        module: its path.
+        entry: the first node that takes the call's input, whose own name a reader may change.
+        place: of that input among the nodes that `entry` takes.
+        output: what the call returns.
+    """
 
     module: str
-    input: str
     entry: str
+    place: int
     output: str
 
 
@@ -152,7 +159,7 @@ def _calls(program: torch.export.ExportedProgram, places: frozenset[str]) -> lis
                 nodes.setdefault((place, key), []).append(node)
     calls: list[Call] = []
     stored = {node for node in program.graph.nodes if node.op == "placeholder"} - _user_inputs(program)
-    for (place, _), inside in nodes.items():
+    for (path, _), inside in nodes.items():
         members = set(inside)
         entering = [
             source
@@ -163,9 +170,10 @@ def _calls(program: torch.export.ExportedProgram, places: frozenset[str]) -> lis
         leaving = [node for node in inside if any(user not in members for user in node.users)]
         leaving = [node for node in leaving if isinstance(node.meta.get("val"), Tensor) and _is_data(node)]
         if len(set(entering)) != 1 or not leaving:
-            raise ValueError(f"pytorch: {place}: torch.export does not trace its call as one piece")
+            raise ValueError(f"pytorch: {path}: torch.export does not trace its call as one piece")
         entry = next(node for node in inside if entering[0] in node.all_input_nodes)
-        calls.append(Call(module=place, input=entering[0].name, entry=entry.name, output=leaving[-1].name))
+        place = entry.all_input_nodes.index(entering[0])
+        calls.append(Call(module=path, entry=entry.name, place=place, output=leaving[-1].name))
     return calls
 
 

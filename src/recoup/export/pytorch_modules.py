@@ -57,7 +57,9 @@ def _check_weights(spec: QuantSpec) -> None:
 
 def _check_inputs(spec: QuantSpec) -> None:
     if not isinstance(spec.format, IntFormat) or spec.scale_format != FLOAT32 or spec.has_offset:
-        raise ValueError(f"{spec.format.name} inputs with {spec.scale_format.name} scales have none there")
+        raise ValueError(
+            f"{spec.format.name} inputs with {spec.scale_format.name} scales have no operator there"
+        )
     dynamic = spec.ranges == "dynamic"
     rows_and_columns = (spec.granularity.rows, spec.granularity.columns)
     if dynamic and spec.scale_rule not in ("narrow", "affine"):
@@ -183,7 +185,7 @@ class _IntegerLinear(nn.Module):
         super().__init__()
         assert isinstance(module.input_quantizer, FakeQuantizer)
         self.dtype, self.processor = module.weight.dtype, processor
-        self.register_buffer("codes", module.weight.codes.to(torch.int8))
+        self.register_buffer("codes", module.weight.codes.to(torch.int8).contiguous())
         self.register_buffer("scale", module.weight.scale.reshape(-1))
         self.bias = module.bias
         self.input_codes = _InputCodes(module.input_quantizer)
@@ -225,7 +227,7 @@ class _Packed(nn.Module):
         self.rows, self.columns = weight.codes.shape
         self.bits, self.zero = container_bits(weight.spec), container_zero(weight.spec)
         self.dtype = weight.dtype
-        self.register_buffer("codes", pack(weight))
+        self.register_buffer("codes", pack(weight).contiguous())
         self.register_buffer("scale", weight.scale.clone())
         self.register_buffer("zero_point", None)
         if weight.zero_point is not None:

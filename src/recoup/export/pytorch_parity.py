@@ -146,14 +146,13 @@ def _compared(engine: PytorchModel, places: Mapping[str, Any], example: Batch) -
 class _Tapped(fx.Interpreter):
     """Runs a program node by node, and keeps what goes into quantized modules and what comes out."""
 
-    def __init__(self, program: Any, calls: list[dict[str, str]]) -> None:
+    def __init__(self, program: Any, calls: list[dict[str, Any]]) -> None:
         super().__init__(program)
         self.entries: dict[str, list[int]] = {}
         self.exits: dict[str, int] = {}
         for index, call in enumerate(calls):
             self.entries.setdefault(call["entry"], []).append(index)
             self.exits[call["output"]] = index
-        self.nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
         self.calls = calls
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
@@ -161,7 +160,7 @@ class _Tapped(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """One node; copies, because a model may change a tensor in place afterwards."""
         for index in self.entries.get(n.name, []):
-            self.inputs[index] = self.env[self.nodes[self.calls[index]["input"]]].clone()
+            self.inputs[index] = self.env[n.all_input_nodes[self.calls[index]["place"]]].clone()
         result = super().run_node(n)
         if n.name in self.exits:
             self.outputs[self.exits[n.name]] = result.clone()
