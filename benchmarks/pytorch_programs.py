@@ -7,9 +7,11 @@
 """
 
 import argparse
+import hashlib
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from recoup.engines.pytorch import PytorchModel, size_bytes
 from recoup.export import TARGETS
 from recoup.tasks.assets import fetch
 
+PACKED = 64  # tokens, and the group of the operators that are measured alone
 MODELS = ("minilm", "smollm2-135m")
 
 
@@ -33,9 +36,41 @@ def load(name: str) -> nn.Module:
     return model.eval()
 
 
+def operators() -> None:
+    """torch's packed operators for weights, over `linear` in float32; widths as in MiniLM."""
+    x, weight = torch.randn(PACKED, 384), torch.randn(384, 384)
+    codes = torch.randint(-8, 8, (384, 384), dtype=torch.int32)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes + 8, 1)
+    integers, bytes_of = torch.randint(-127, 128, x.shape, dtype=torch.int8), codes.to(torch.int8)
+    ways: dict[str, Any] = {
+        "linear": lambda: nn.functional.linear(x, weight),
+        "_int_mm": lambda: torch._int_mm(integers, bytes_of.t()),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        y, scales = x.to(dtype), torch.ones(384 // PACKED, 384, 2).to(dtype)
+        ways |= {
+            f"_weight_int4pack_mm {dtype}": partial(
+                torch._weight_int4pack_mm_for_cpu, y, packed, PACKED, scales
+            ),
+            f"_weight_int8pack_mm {dtype}": partial(
+                torch._weight_int8pack_mm, y, bytes_of, torch.ones(384, dtype=dtype)
+            ),
+        }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(22):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    for name, times in seconds.items():
+        print(f"{name:36} {statistics.median(times) / statistics.median(seconds['linear']):.2f}")
+    print("layout", hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:8])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=(*MODELS, "operators"))
     parser.add_argument("--schemes", nargs="+", default=["w8a8", "w4a16"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
@@ -43,6 +78,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if given.model == "operators":
+        print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+        operators()
+        return
     ids = torch.randint(5, 1000, (max(2, given.batch), given.tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if given.model != "minilm":
