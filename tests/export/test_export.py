@@ -104,7 +104,7 @@ def test_preflight_lets_through_what_runs(name: str) -> None:
     ("name", "hint"),
     [
         ("onxx", "did you mean 'onnx'"),
-        ("gguf", "this version writes onnx, compressed-tensors"),
+        ("gguf", "this version writes onnx, compressed-tensors, pytorch"),
         ("compressed_tensors", "did you mean 'compressed-tensors'"),
     ],
 )

@@ -12,23 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recoup.engines.outputs import Outputs
 from recoup.nn import Batch
 
 OUTPUTS = "recoup.outputs"
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class Outputs(dict[str, Tensor]):
-    """Named outputs, also by attribute and by position, as transformers' models return them."""
-
-    def __getattr__(self, name: str) -> Tensor:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no output {name!r}; there are {', '.join(self)}") from None
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
 
 
 class OnnxModel(nn.Module):

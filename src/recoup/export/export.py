@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from recoup.convert import convert
-from recoup.engines import onnxruntime, transformers
+from recoup.engines import onnxruntime, pytorch, transformers
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
 from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
@@ -112,6 +112,32 @@ def _folder_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]
     )
 
 
+def _program_check(model: nn.Module, modules: Quantized) -> None:
+    from recoup.export import pytorch as program
+
+    del model
+    program.check(modules)
+
+
+def _program_write(model: nn.Module, folder: Path, example: Batch) -> None:
+    from recoup.export import pytorch as program
+
+    program.write(model, folder, example)
+
+
+def _program_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
+    from recoup.export import pytorch_parity
+
+    return pytorch_parity.verify(model, folder, example)
+
+
+def _program_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]:
+    return compare_costs(
+        folders, batch,
+        load=pytorch.PytorchModel, size_bytes=pytorch.size_bytes, peak_bytes=pytorch.peak_bytes,
+    )  # fmt: skip
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         check=_onnx_check,
@@ -128,6 +154,14 @@ TARGETS: dict[str, Target] = {
         verify=_folder_verify,
         load=transformers.load,
         costs=_folder_costs,
+    ),
+    "pytorch": Target(
+        check=_program_check,
+        settle=lambda model: model,
+        write=_program_write,
+        verify=_program_verify,
+        load=pytorch.PytorchModel,
+        costs=_program_costs,
     ),
 }
 
@@ -188,7 +222,8 @@ def export(
     Args:
         model: prepared and calibrated, or converted.
         folder: must not exist, or be empty.
-        target: "onnx", a file for onnxruntime; or "compressed-tensors", a folder for transformers and vLLM.
+        target: "onnx", a file for onnxruntime; "compressed-tensors", a folder for transformers and vLLM; or
+            "pytorch", a program of torch.export.
         processor: a tokenizer or image processor to `save_pretrained` into the folder; by default copied
             from the model's own folder where it has one.
         example: one batch, to trace and compare with; by default the first that `calibrate` saw, or the

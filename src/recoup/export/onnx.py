@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OUTPUTS
-from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, CodedModule, call, is_coded, size_of
+from recoup.export.tracing import first_two, free_axes, output_names, positional
+from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, CodedModule, is_coded
 
 OPSET = 21
 FILE = "model.onnx"
@@ -52,13 +53,13 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     low = [n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]
     if low:
         raise ValueError(f"onnx: {low[0]} is not float32; call model.float() before recoup.prepare")
-    values = example.values() if isinstance(example, Mapping) else _positional(example)
+    values = example.values() if isinstance(example, Mapping) else positional(example)
     if not all(isinstance(value, Tensor) for value in values):
         raise ValueError(
             "onnx: the example holds values that are no tensors; a file has only tensors as inputs"
         )
-    example = _first_two(example)
-    outputs = output_names(model, example)
+    example = first_two(example)
+    outputs = output_names(model, example, "onnx")
     with _closed(model) as coded:
         program = _trace(model, example, outputs)
     lowering = {
@@ -94,33 +95,9 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     )
 
 
-@torch.no_grad()
-def output_names(model: nn.Module, example: Batch) -> list[str]:
-    """The names of a model's outputs; [""] for a model that returns one bare tensor.
-
-    Raises:
-        ValueError: an output is not a tensor.
-    """
-    result = call(model, example)
-    if isinstance(result, Tensor):
-        return [""]
-    named: Mapping[str, Any] = {"": result}
-    if isinstance(result, Mapping):
-        named = result
-    elif isinstance(result, (list, tuple)):
-        named = {str(index): value for index, value in enumerate(result)}
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"onnx: output {name!r} is a {type(value).__name__}; a file has only tensors as outputs, so "
-                "the model must return nothing else (no cache: model.config.use_cache = False)"
-            )
-    return list(named)
-
-
 def _trace(model: nn.Module, example: Batch, outputs: list[str]) -> Any:
-    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (_positional(example), {})
-    free = {name: _free_axes(value) for name, value in kwargs.items()} or tuple(map(_free_axes, args))
+    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (positional(example), {})
+    free = {name: free_axes(value) for name, value in kwargs.items()} or tuple(map(free_axes, args))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     log = logging.getLogger("torch.onnx")
@@ -206,29 +183,3 @@ def _closed(model: nn.Module) -> Generator[dict[str, nn.Module]]:
     finally:
         for place, module in places.items():
             model.set_submodule(place, module)
-
-
-def _free_axes(value: Any) -> dict[int, Any] | None:
-    """The batch axis, and the lengths of sequences; an image's height and width are part of its model."""
-    if not isinstance(value, Tensor):
-        return None
-    axes = range(value.ndim) if value.ndim < 4 else [0]
-    return dict.fromkeys(axes, torch.export.Dim.AUTO)
-
-
-def _first_two(batch: Batch) -> Batch:
-    """Two samples: a batch of one would be traced as a constant."""
-    size = size_of(batch)
-
-    def two(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
-            return value
-        return value[:2] if size > 1 else torch.cat([value, value])
-
-    if isinstance(batch, Mapping):
-        return {name: two(value) for name, value in batch.items()}
-    return two(batch) if isinstance(batch, Tensor) else tuple(map(two, batch))
-
-
-def _positional(batch: Batch) -> tuple[Any, ...]:
-    return (batch,) if isinstance(batch, Tensor) else tuple(batch)

@@ -4,7 +4,7 @@ What is proven where:
 
     in the bytes             every code, scale and zero point is the trained one
     in the tapped session    the same file, which also returns the input and output of every quantized module:
-                             each is within its bound, which follows from its arithmetic (see `_expected`),
+                             each is within its bound, which follows from its arithmetic (`parity.expected`),
                              not from what was observed. A value that is returned cannot be fused away
     in the session of users  so what onnxruntime fuses only without taps is judged by the outputs alone, end
                              to end (see `parity.end_to_end`)
@@ -19,27 +19,16 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export.onnx import AGAIN, FILE, MODULES
 from recoup.export.onnx_nodes import container_bits
-from recoup.export.parity import Parity, ParityError, end_to_end
-from recoup.nn import (
-    Batch,
-    CodedConv,
-    CodedEmbedding,
-    CodedLinear,
-    CodedModule,
-    FakeQuantizer,
-    call,
-    is_coded,
-)
+from recoup.export.parity import Parity, ParityError, end_to_end, equal, expected
+from recoup.nn import Batch, call, is_coded
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
@@ -66,9 +55,9 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
         weight = module.weight
         zero = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
         first = 0 if weight.spec.format.lo else 2 ** (container_bits(weight.spec.format.bits) - 1)
-        _equal(path, "codes", values + first, weight.codes)
-        _equal(path, "scale", scale, weight.scale)
-        _equal(path, "zero point", np.broadcast_to(zero_point, scale.shape) + first, zero)
+        equal(path, "codes", values + first, weight.codes)
+        equal(path, "scale", scale, weight.scale)
+        equal(path, "zero point", np.broadcast_to(zero_point, scale.shape) + first, zero)
         codes, scales = codes + values.size, scales + scale.size
 
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
@@ -78,8 +67,8 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
         x, y = results[values["input"]], results[values["output"]]
-        expected, bound = _expected(coded[path], x)
-        excess = ((y.double() - expected).abs() / bound).max()
+        trained, bound = expected(coded[path], x)
+        excess = ((y.double() - trained).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
                 f"{path}: onnxruntime's output is {float(excess):.3g} times its bound from the trained one"
@@ -145,65 +134,6 @@ def _bits(rows: Array, bits: int) -> Array:
     """Bytes as bit streams, cut into little-endian fields."""
     stream = np.unpackbits(rows, axis=1, bitorder="little").reshape(len(rows), -1, bits)
     return (stream.astype(np.int16) << np.arange(bits, dtype=np.int16)).sum(axis=2)
-
-
-def _equal(path: str, what: str, found: Array, trained: Tensor) -> None:
-    expected = trained.cpu().numpy()
-    if found.shape != expected.shape or not np.array_equal(found, expected):
-        where = (
-            "its shape"
-            if found.shape != expected.shape
-            else tuple(map(int, np.argwhere(found != expected)[0]))
-        )
-        raise ParityError(
-            f"{path}: the {what} read back from the file differ from the trained ones at {where}"
-        )
-
-
-def _expected(module: CodedModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A module's output in float64, and how far an engine with float32 arithmetic may be from it.
-
-    With u = 2^-24, K products and one bias: a sum of K + 1 float32 terms in any order is off by at most
-    (K + 1) u times the sum of magnitudes (Higham 2002, section 4.2); scaling adds a few more roundings. An
-    input that lies within rounding error of a tie between two codes may go to either: one step of it.
-    """
-    weight = module.weight.decode().double()
-    if isinstance(module, CodedEmbedding):
-        y = torch.nn.functional.embedding(x, weight)
-        return y, y.abs() * 2**-24 + _TINY
-    assert isinstance(module, CodedLinear | CodedConv)
-    seen, slack = module.input_quantizer(x).double(), _ties(module.input_quantizer, x).double()
-    bias = torch.zeros(weight.shape[0]) if module.bias is None else module.bias
-    bias = bias.double().reshape(-1, *[1] * (len(module.kernel_size) if isinstance(module, CodedConv) else 0))
-    magnitude = _product(module, seen.abs(), weight.abs()) + bias.abs()
-    roundings = weight.shape[1] + 8
-    bound = roundings * 2**-24 * magnitude + _product(module, slack, weight.abs())
-    return _product(module, seen, weight) + bias, bound + _TINY
-
-
-def _product(module: CodedLinear | CodedConv, x: Tensor, matrix: Tensor) -> Tensor:
-    """The module's sums of products, with this matrix as its weight."""
-    if isinstance(module, CodedLinear):
-        return x @ matrix.T
-    weight, stride, dilation, groups = (
-        matrix.unflatten(1, (-1, *module.kernel_size)), module.stride, module.dilation, module.groups,
-    )  # fmt: skip
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return module.convolution(F.pad(x, module.edges, mode), weight, None, stride, 0, dilation, groups)
-
-
-def _ties(quantizer: nn.Module, x: Tensor) -> Tensor:
-    """By how much each quantized input may differ because its code is undecided in float32."""
-    if not isinstance(quantizer, FakeQuantizer):
-        return torch.zeros_like(x)
-    view = quantizer.view(x)
-    step = quantizer.qparams(view).step
-    step = step.repeat_interleave(view.shape[0] // step.shape[0], 0).repeat_interleave(
-        view.shape[1] // step.shape[1], 1
-    )
-    position = (view / step).abs()
-    undecided = (position - position.floor() - 0.5).abs() <= 4 * 2**-24 * position.clamp(min=1)
-    return (undecided * step.abs()).reshape(x.shape)
 
 
 class _OpenedFile:

@@ -5,10 +5,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recoup.nn import Batch, CodedConv, CodedLinear, call, quantization_off
+from recoup.nn import (
+    Batch,
+    CodedConv,
+    CodedEmbedding,
+    CodedLinear,
+    CodedModule,
+    FakeQuantizer,
+    call,
+    quantization_off,
+)
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -96,6 +109,73 @@ def relative_rms(reference: Any, other: Any) -> float:
     return (difference / max(sum(float(a.double().square().sum()) for a, _ in pairs), _TINY)) ** 0.5
 
 
+def equal(path: str, what: str, found: Array, trained: Tensor) -> None:
+    """What was read back is what was trained.
+
+    Raises:
+        ParityError: it is not; names the first place.
+    """
+    right = trained.cpu().numpy()
+    if found.shape != right.shape or not np.array_equal(found, right):
+        where = "its shape" if found.shape != right.shape else tuple(map(int, np.argwhere(found != right)[0]))
+        raise ParityError(
+            f"{path}: the {what} read back from the file differ from the trained ones at {where}"
+        )
+
+
+def expected(module: CodedModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A module's output in float64, and how far an engine with float32 arithmetic may be from it.
+
+    With u = 2^-24, K products and one bias: a sum of K + 1 float32 terms in any order is off by at most
+    (K + 1) u times the sum of magnitudes (Higham 2002, section 4.2); scaling adds a few more roundings. An
+    input that lies within rounding error of a tie between two codes may go to either: one step of it. Where
+    the model computes in a narrower type, the input, the weight and the output are each rounded to it: three
+    roundings, and a fourth for what they do to each other.
+    """
+    weight = module.weight.decode().double()
+    if isinstance(module, CodedEmbedding):
+        y = torch.nn.functional.embedding(x, weight)
+        return y, y.abs() * _roundoff(module.weight.dtype) + _TINY
+    assert isinstance(module, CodedLinear | CodedConv)
+    seen, slack = module.input_quantizer(x).double(), _ties(module.input_quantizer, x).double()
+    bias = torch.zeros(weight.shape[0]) if module.bias is None else module.bias
+    bias = bias.double().reshape(-1, *[1] * (len(module.kernel_size) if isinstance(module, CodedConv) else 0))
+    magnitude = _product(module, seen.abs(), weight.abs()) + bias.abs()
+    narrow = 0.0 if module.weight.dtype == torch.float32 else 4 * _roundoff(module.weight.dtype)
+    roundings = (weight.shape[1] + 8) * _roundoff(torch.float32) + narrow
+    bound = roundings * magnitude + _product(module, slack, weight.abs())
+    return _product(module, seen, weight) + bias, bound + _TINY
+
+
+def _product(module: CodedLinear | CodedConv, x: Tensor, matrix: Tensor) -> Tensor:
+    """The module's sums of products, with this matrix as its weight."""
+    if isinstance(module, CodedLinear):
+        return x @ matrix.T
+    weight, stride, dilation, groups = (
+        matrix.unflatten(1, (-1, *module.kernel_size)), module.stride, module.dilation, module.groups,
+    )  # fmt: skip
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return module.convolution(F.pad(x, module.edges, mode), weight, None, stride, 0, dilation, groups)
+
+
+def _ties(quantizer: nn.Module, x: Tensor) -> Tensor:
+    """By how much each quantized input may differ because its code is undecided in float32."""
+    if not isinstance(quantizer, FakeQuantizer):
+        return torch.zeros_like(x)
+    view = quantizer.view(x)
+    step = quantizer.qparams(view).step
+    step = step.repeat_interleave(view.shape[0] // step.shape[0], 0).repeat_interleave(
+        view.shape[1] // step.shape[1], 1
+    )
+    position = (view / step).abs()
+    undecided = (position - position.floor() - 0.5).abs() <= 4 * 2**-24 * position.clamp(min=1)
+    return (undecided * step.abs()).reshape(x.shape)
+
+
+def _roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
 @contextmanager
 def _shaken(model: nn.Module, weight_roundoff: float) -> Generator[None]:
     """Noise on the input of every quantized module, of the size of the rounding error of a sum.
@@ -109,7 +189,7 @@ def _shaken(model: nn.Module, weight_roundoff: float) -> Generator[None]:
         assert isinstance(module, CodedLinear | CodedConv)
         x, terms = inputs[0], module.weight.codes.shape[1]
         size = 2**-24 * terms**0.5 * x.square().mean().sqrt() + weight_roundoff * x.abs()
-        return (x + size * torch.randn(x.shape, generator=noise), *inputs[1:])
+        return ((x + size * torch.randn(x.shape, generator=noise)).to(x.dtype), *inputs[1:])
 
     sums = [module for module in model.modules() if isinstance(module, CodedLinear | CodedConv)]
     handles = [module.register_forward_pre_hook(shake) for module in sums]
