@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from recoup.convert import convert
-from recoup.engines import onnxruntime, transformers
+from recoup.engines import llama_cpp, onnxruntime, transformers
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
 from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
@@ -47,7 +47,8 @@ class Target:
             for what the engine cannot run.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
             a module knows; whoever calibrates calls it before measuring.
-        write: (converted or float model, folder, example).
+        write: (converted or float model, folder, example); the files of the tokenizer or image processor are
+            in the folder already, if there are any.
         verify: (converted model, folder, example); raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
@@ -112,6 +113,31 @@ def _folder_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]
     )
 
 
+def _gguf_check(model: nn.Module, modules: Quantized) -> None:
+    from recoup.export import gguf
+
+    gguf.check(model, modules)
+
+
+def _gguf_write(model: nn.Module, folder: Path, example: Batch) -> None:
+    from recoup.export import gguf
+
+    gguf.write(model, folder, example)
+
+
+def _gguf_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
+    from recoup.export import gguf_parity
+
+    return gguf_parity.verify(model, folder, example)
+
+
+def _gguf_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]:
+    return compare_costs(
+        folders, batch,
+        load=llama_cpp.Prompts, size_bytes=llama_cpp.size_bytes, peak_bytes=llama_cpp.peak_bytes,
+    )  # fmt: skip
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         check=_onnx_check,
@@ -128,6 +154,14 @@ TARGETS: dict[str, Target] = {
         verify=_folder_verify,
         load=transformers.load,
         costs=_folder_costs,
+    ),
+    "gguf": Target(
+        check=_gguf_check,
+        settle=lambda model: model,
+        write=_gguf_write,
+        verify=_gguf_verify,
+        load=llama_cpp.LlamaCpp,
+        costs=_gguf_costs,
     ),
 }
 
@@ -188,7 +222,8 @@ def export(
     Args:
         model: prepared and calibrated, or converted.
         folder: must not exist, or be empty.
-        target: "onnx", a file for onnxruntime; or "compressed-tensors", a folder for transformers and vLLM.
+        target: "onnx", a file for onnxruntime; "compressed-tensors", a folder for transformers and vLLM; or
+            "gguf", a file for llama.cpp.
         processor: a tokenizer or image processor to `save_pretrained` into the folder; by default copied
             from the model's own folder where it has one.
         example: one batch, to trace and compare with; by default the first that `calibrate` saw, or the
@@ -213,9 +248,9 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         unproven = Path(temporary) / "artefact"
         unproven.mkdir()
+        _add_processor(model, unproven, processor)
         writer.write(coded, unproven, example)
         parity = writer.verify(coded, unproven, example)
-        _add_processor(model, unproven, processor)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()
@@ -262,7 +297,6 @@ def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:
         else []
     )
     for file in [*files, *source.glob("config.json")] if files else []:
-        if not (folder / file.name).exists():  # what was written knows more than what was read
-            shutil.copy2(file, folder)
+        shutil.copy2(file, folder)  # what is written later replaces it, and knows more
     if not files:
         warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=3)
