@@ -1,6 +1,5 @@
 """Small language models of every architecture that llama.cpp runs, and the files that they become."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,9 @@ WORDS = 40
 NAMES = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1", "mxfp4-gguf": "MXFP4", "tq2_0": "TQ2_0"}
 _SIZES: dict[str, Any] = {
     "vocab_size": WORDS,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -58,10 +57,11 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+_WIDE = {"hidden_size": 256, "intermediate_size": 256}  # a block of TQ2_0
 _NARROW = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4}
 MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama": (LlamaForCausalLM, LlamaConfig, _WIDE | {"attention_bias": True, "mlp_bias": True}),
+    "llama tied": (LlamaForCausalLM, LlamaConfig, _WIDE | {"tie_word_embeddings": True}),
     "llama 3": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": _LLAMA3}),
     "llama stretched": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": _LINEAR}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 32, "head_dim": 32}),
@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
     "phi3": (Phi3ForCausalLM, Phi3Config, {}),
     "gemma": (GemmaForCausalLM, GemmaConfig, {"head_dim": 32}),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, _NARROW),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, _NARROW | {"num_hidden_layers": 2}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _NARROW | {"num_hidden_layers": 6}),
 }
 
@@ -93,6 +93,8 @@ def batch(samples: int = 2, tokens: int = 8) -> dict[str, Tensor]:
 def quantized(scheme: Scheme | str | Recipe | dict[str, Any], model: nn.Module | None = None) -> nn.Module:
     """Prepared and calibrated."""
     model = small() if model is None else model
+    if isinstance(scheme, str) and "Gemma" in type(model).__name__:  # its embedding has no quantized form
+        scheme = {"scheme": scheme, "rules": [{"match": "model.embed_tokens", "scheme": "none"}]}
     recipe = Recipe.model_validate(scheme) if isinstance(scheme, dict) else scheme
     return calibrate(prepare(model, resolve(model, recipe)), [batch()], observer="minmax")
 
@@ -130,6 +132,3 @@ def written(
 ) -> Written:
     prepared = quantized(scheme, model)
     return Written(parity=export(prepared, folder, "gguf", **options), folder=folder, model=convert(prepared))
-
-
-Build = Callable[[], nn.Module]

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,12 +96,10 @@ def test_llama_cpp_finds_the_words_that_were_trained(
     assert found.parity.divergence is not None
     engine = llama_cpp.LlamaCpp(found.folder, exact=True, threads=1)
     with torch.no_grad():
-        trained, outputs = found.model(**other).logits, engine(**other).logits
-        reference = parity.end_to_end(
-            cast(Any, Logits(found.model)), {"": outputs}, other, engine="llama.cpp"
-        )
-    assert outputs.shape == trained.shape
-    assert reference < 0.1
+        outputs = engine(**other).logits
+        assert outputs.shape == found.model(**other).logits.shape
+        # Raises where rounding does not explain the difference.
+        parity.end_to_end(Logits(found.model), {"": outputs}, other, engine="llama.cpp", lattices=2)
 
 
 class Logits(nn.Module):
@@ -138,9 +135,8 @@ def test_embedding_and_output_have_their_own_schemes(scheme: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["q8_0", "tq2_0"])
-@pytest.mark.parametrize("model", ["llama tied", "gemma"])
-def test_a_tied_output_is_stored_once(name: str, model: str, tmp_path: Path) -> None:
-    found = written(whole("q4_0", name), tmp_path / "out", small(model))
+def test_a_tied_output_is_stored_once(name: str, tmp_path: Path) -> None:
+    found = written(whole("q4_0", name), tmp_path / "out", small("llama tied"))
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors(found.folder).items()}
     assert kinds["token_embd.weight"] == NAMES[name]
     assert "output.weight" not in kinds
@@ -161,7 +157,7 @@ def test_several_schemes_are_several_types(tmp_path: Path) -> None:
     ]
     found = written({"scheme": "mxfp4-gguf", "rules": rules}, tmp_path / "out")
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors(found.folder).items()}
-    layer = {name.removeprefix("blk.1."): kind for name, kind in kinds.items() if name.startswith("blk.1.")}
+    layer = {name.removeprefix("blk.0."): kind for name, kind in kinds.items() if name.startswith("blk.0.")}
     assert layer["ffn_down.weight"] == "F32"
     assert layer["ffn_gate.weight"] == "TQ2_0"
     assert layer["ffn_up.weight"] == "Q8_0"
@@ -220,7 +216,7 @@ def test_costs_are_measured_in_llama_cpp(tmp_path: Path, files: Callable[[str, s
 
 # What verify finds
 
-_UP = "model.layers.1.mlp.up_proj"
+_UP = "model.layers.0.mlp.up_proj"
 _QUERY = "model.layers.0.self_attn.q_proj"
 
 
@@ -245,7 +241,8 @@ def _bias(model: nn.Module, path: str) -> None:
 
 DAMAGES: dict[str, tuple[str, Callable[[nn.Module, str], None], str, str]] = {
     **{f"code of {name}": (name, _code, _UP, r"the codes .* at \(3, 5\)") for name in NAMES},
-    **{f"scale of {name}": (name, _scale, _UP, r"the scales .* at \(2, 1\)") for name in ("q8_0", "mxfp4-gguf")},
+    **{f"scale of {name}": (name, _scale, _UP, r"the scales .* at \(2, 1\)") for name in ("q8_0", "q4_0")},
+    "exponent": ("mxfp4-gguf", _scale, _UP, r"the scales .* at \(2, 1\)"),
     "code of a query": ("q4_0", _code, _QUERY, r"the codes .* at \(3, 5\)"),
     "offset": ("q4_1", _offset, _UP, r"the offsets .* at \(0, 0\)"),
     "bias of a query": ("q4_0", _bias, _QUERY, "the file does not have it as the model does"),
@@ -267,7 +264,9 @@ def test_a_file_of_another_model_is_found(
 def test_a_tensor_that_should_not_be_quantized_is_found(files: Callable[[str, str], Written]) -> None:
     folder = files("q8_0", "llama").folder
     model = convert(quantized({"scheme": "q8_0", "rules": [{"match": "*.0.mlp.up_proj", "scheme": "none"}]}))
-    with pytest.raises(ParityError, match="blk.0.ffn_up.weight: the file has it as Q8_0, the plan as float"):
+    with pytest.raises(
+        ParityError, match=r"blk\.0\.ffn_up\.weight: the file has it as Q8_0, the plan as float"
+    ):
         TARGET.verify(model, folder, batch())
 
 
@@ -341,7 +340,7 @@ def test_a_file_that_llama_cpp_does_not_load_is_an_error(
     tmp_path: Path, files: Callable[[str, str], Written]
 ) -> None:
     raw = (files("q8_0", "llama").folder / "model.gguf").read_bytes()
-    (tmp_path / "model.gguf").write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    (tmp_path / "model.gguf").write_bytes(raw.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
     with pytest.raises(ValueError, match=r"model.gguf: llama.cpp does not load it"):
         TARGET.load(tmp_path)
 
@@ -384,7 +383,7 @@ def test_inputs_that_llama_cpp_does_not_take_are_refused(files: Callable[[str, s
     "example", [torch.randn(2, 8), (torch.zeros(2, 8),), {"pixel_values": torch.randn(1, 3)}], ids=str
 )
 def test_an_example_without_ids_is_refused(example: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="llama.cpp reads token ids; bring an example"):
+    with pytest.raises(ValueError, match=r"llama\.cpp reads token ids; bring an example"):
         export(quantized("q8_0"), tmp_path / "out", "gguf", example=example)
     assert not list(tmp_path.iterdir())
 

@@ -325,7 +325,7 @@ def _as_read(x: Tensor, kind: str) -> Tensor:
 def _dequantized(tensor: Any) -> np.ndarray[Any, Any]:
     from gguf import dequantize
 
-    return np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+    return np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)  # not of the file
 
 
 def _xllamacpp() -> Any:

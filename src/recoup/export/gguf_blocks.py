@@ -6,7 +6,7 @@ block, or 32 elements, apart.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -145,8 +145,8 @@ def packed(weight: Codes, name: str, order: Tensor | None) -> Array:
 
 def _same_numbers(spec: QuantSpec, other: QuantSpec) -> bool:
     """One grid of codes, one grid of scales, both with or without an offset; how scales are found is free."""
-    alike = replace(spec, ranges=other.ranges, scale_rule=other.scale_rule) == other
-    return alike and (spec.symmetric, spec.has_offset) == (other.symmetric, other.has_offset)
+    grid = ("format", "granularity", "scale_format", "global_scale", "symmetric", "has_offset")
+    return all(getattr(spec, name) == getattr(other, name) for name in grid)
 
 
 def _nearest(spec: QuantSpec) -> str:

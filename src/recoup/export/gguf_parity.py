@@ -24,8 +24,8 @@ from recoup.nn import Batch, CodedLinear, Codes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LEAST = -80.0  # llama.cpp takes the logarithm of a float32 probability, which ends at exp(-87)
-# ggml decides a code of an input with the scale before that is rounded to float16, recoup with the one after; near
-# the middle of two codes they part.
+# ggml decides a code of an input with the scale before that is rounded to float16, recoup with the one after;
+# near the middle of two codes they part.
 _LATTICES = 2
 PREFIXES = 12  # of the example's first sequence; each is one answer with every word
 # Contractions, figures, spaces, capitals, other scripts, emoji: where the rules of tokenizers part.
