@@ -59,7 +59,7 @@ class Server:
         self, path: str | Path, *, context: int, hidden: bool, exact: bool = False, threads: int | None = None
     ) -> None:
         file = model_file(path)
-        read(file)  # llama.cpp ends the process on some damaged files
+        read(file)  # llama.cpp's own error says nothing of what is wrong
         engine = _xllamacpp()
         self.context, self._key = max(context, _LEAST_CONTEXT), secrets.token_hex()
         params = engine.CommonParams()

@@ -9,18 +9,21 @@ import json
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import xllamacpp
+
+engine: Any = xllamacpp  # an extension, of which no type is known
 
 
 def main(file: str, ids: str) -> None:
     """One pass over each sequence."""
     sequences = json.loads(Path(ids).read_text())
-    params = xllamacpp.CommonParams()
+    params = engine.CommonParams()
     params.model.path = file
     params.n_ctx = params.n_batch = params.n_ubatch = max(256, *map(len, sequences))
     params.n_parallel, params.fit_params, params.warmup, params.verbosity = 1, False, False, -1
-    server = xllamacpp.Server(params)
+    server = engine.Server(params)
     for sequence in sequences:
         server.handle_completions({"prompt": sequence, "n_predict": 1, "cache_prompt": False})
     print(peak_bytes())

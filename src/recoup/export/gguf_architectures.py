@@ -108,12 +108,12 @@ def check(model: nn.Module) -> None:
                 "onnx or compressed-tensors"
             )
     _check_rotation(found, config)
-    _check_names(model, found)
     if found.always_tied and not is_tied(model):
         raise ValueError(
             f"gguf: {HEAD} is not tied to {EMBEDDING}, llama.cpp's {found.name} has no output matrix of its "
             "own; quantize both alike, or keep both"
         )
+    _check_names(model, found)
 
 
 def names(model: nn.Module) -> dict[str, str]:

@@ -70,7 +70,8 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     ids = _sequence(example)
     server = llama_cpp.Server(folder, context=len(ids), hidden=False, exact=True)
     _same_tokens(folder, server)
-    words = model.config.vocab_size
+    config: Any = model.config
+    words = config.vocab_size
     outputs = torch.stack([server.log_probabilities(ids[: end + 1], words=words) for end in range(len(ids))])
     outputs = outputs.clamp(min=_LEAST)
     reference, batch = _Words(_computing(model)), {"input_ids": torch.tensor([ids])}
@@ -191,8 +192,8 @@ def _same_kept_tensors(model: nn.Module, names: Mapping[str, str], tensors: Mapp
 
 
 def _same_tokens(folder: Path, server: llama_cpp.Server) -> None:
-    tokenizer = vocabulary.load(folder)
-    for text in PROBE if tokenizer is not None else ():
+    tokenizer: Any = vocabulary.load(folder)
+    for text in () if tokenizer is None else PROBE:
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
         found = server.tokenize(text)
         if found != expected:
