@@ -47,7 +47,7 @@ class Server:
         hidden: to answer `hidden_states`; otherwise `log_probabilities`. A server does one of them.
         exact: keys and values of attention in float32, and attention step by step. llama.cpp's default keeps
             them in float16 and fuses.
-        threads: of the engine; llama.cpp's choice by default.
+        threads: of the engine; by default as many as torch has.
 
     Raises:
         FileNotFoundError: no such file.
@@ -67,8 +67,8 @@ class Server:
         params.n_ctx = params.n_batch = params.n_ubatch = self.context
         params.n_parallel, params.fit_params, params.warmup, params.ui = 1, False, False, False
         params.verbosity, params.api_keys = _ERRORS, [self._key]
-        if threads is not None:
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        threads = torch.get_num_threads() if threads is None else threads
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         if hidden:
             params.embedding, params.embd_normalize = True, -1
             params.pooling_type = engine.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
@@ -127,7 +127,7 @@ class LlamaCpp(nn.Module):
     Args:
         path: model.gguf, or the folder around it.
         exact: see `Server`; the default is llama.cpp's own.
-        threads: of the engine; llama.cpp's choice by default.
+        threads: of the engine; by default as many as torch has.
 
     Raises:
         FileNotFoundError: no such file.

@@ -5,8 +5,11 @@ as it is: vectors in float32, matrices in the dtype of the model. Rows move wher
 another order, whole blocks at a time.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +71,18 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     writer.add_file_type(_file_type(model))
     architectures.describe(model, writer)
     vocabulary.describe(folder, model, writer)
+    entries = list(_entries(model))
+    for entry in entries:
+        kind = gguf.GGMLQuantizationType[entry.kind]
+        size, width = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = math.prod(entry.shape) // size * width
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
     try:
-        for name, kind, shape, size in (
-            (name, k, rows.shape, rows.nbytes) for name, k, rows in _stored(model)
-        ):
-            writer.add_tensor_info(
-                name, shape, np.dtype(np.uint8), size, raw_dtype=gguf.GGMLQuantizationType[kind]
-            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, _, rows in _stored(model):
-            writer.write_tensor_data(rows)
+        for entry in entries:
+            writer.write_tensor_data(entry.make())
     finally:
         writer.close()
 
@@ -107,21 +110,39 @@ def _kept(tensor: Tensor, shift: float) -> Tensor:
     return tensor if low else tensor.float() + shift if shift else tensor.float()
 
 
-def _stored(model: nn.Module) -> Iterator[tuple[str, str, Array]]:
-    """The file's name, the type and the bytes (rows, bytes) of every tensor, one after the other."""
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A tensor of the file: its name and type there, its shape in elements, and what makes its bytes."""
+
+    name: str
+    kind: str
+    shape: Sequence[int]
+    make: Callable[[], Array]
+
+
+def _entries(model: nn.Module) -> Iterator[_Entry]:
     names, coded = architectures.names(model), coded_modules(model)
     for path, module in coded.items():
-        name = f"{path}.weight"
+        name, weight = f"{path}.weight", module.weight
         kind = blocks.block_type(module.scheme, inputs=isinstance(module, CodedLinear))
-        order = _order(module.weight.codes.shape[0], architectures.heads(model, name))
-        yield names[name], kind, blocks.packed(module.weight, kind, order)
+        order = _order(len(weight.codes), architectures.heads(model, name))
+        yield _Entry(
+            name=names[name],
+            kind=kind,
+            shape=weight.codes.shape,
+            make=partial(blocks.packed, weight, kind, order),
+        )
     types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     for name, tensor in kept(model).items():
-        order = _order(tensor.shape[0], architectures.heads(model, name))
-        rows = (tensor if order is None else tensor[order]).contiguous()
-        yield names[name], types[rows.dtype], rows.view(torch.uint8).numpy()
+        order = _order(len(tensor), architectures.heads(model, name))
+        make = partial(_bytes, tensor, order)
+        yield _Entry(name=names[name], kind=types[tensor.dtype], shape=tensor.shape, make=make)
     if (factors := architectures.frequency_factors(model)) is not None:
-        yield FREQUENCIES, "F32", factors.numpy().view(np.uint8)
+        yield _Entry(name=FREQUENCIES, kind="F32", shape=factors.shape, make=partial(_bytes, factors, None))
+
+
+def _bytes(tensor: Tensor, order: Tensor | None) -> Array:
+    return (tensor if order is None else tensor[order]).contiguous().view(torch.uint8).numpy()
 
 
 def _order(rows: int, heads: int | None) -> Tensor | None:
