@@ -46,15 +46,14 @@ def test_a_run_measures_quality_and_cost_in_llama_cpp(
         }
     )
     batches = [{"input_ids": ids, "labels": ids} for ids in text.split(4)]
+    said: list[str] = []
     result = recover(
-        model, recipe, calibration=batches, evaluate=evaluate, folder=tmp_path / "run", title="small"
+        model, recipe, calibration=batches, evaluate=evaluate, folder=tmp_path / "run", say=said.append
     )
     assert (result.outcome, result.rung) == ("passed", "rtn")
     standing = json.loads((tmp_path / "run" / "run.json").read_text())
     rung, artefact = standing["rungs"][0]["metrics"], standing["artefact"]["metrics"]
     # The same model in another engine: a small part of what the gate allows.
     assert artefact["perplexity"] == pytest.approx(rung["perplexity"], rel=0.01)
-    before, after = standing["costs"]
-    assert after["bytes"] < before["bytes"]
-    assert after["seconds"]
-    assert after["peak_bytes"]
+    costs = [line for line in said if " for 4 x 24, peak " in line]
+    assert [line.partition(":")[0] for line in costs] == ["float file", "exported file"]

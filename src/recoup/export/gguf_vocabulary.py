@@ -62,6 +62,12 @@ def description(tokenizer: Any) -> dict[str, Any]:
     return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
+def joins_leading_spaces(tokenizer: Any) -> bool:
+    """A text that begins with a space gets no further one, as in SentencePiece and llama.cpp it does."""
+    parts = _parts(description(tokenizer).get("pre_tokenizer"), "pretokenizers")
+    return any(part["type"] == "Metaspace" and part["prepend_scheme"] != "never" for part in parts)
+
+
 def describe(folder: Path, model: nn.Module, writer: Any) -> None:
     """The vocabulary into the file's metadata.
 
