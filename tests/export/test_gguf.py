@@ -214,6 +214,15 @@ def test_costs_are_measured_in_llama_cpp(tmp_path: Path, files: Callable[[str, s
         assert cost.batch == "2 x 8"
 
 
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_a_sequence_that_fills_the_context_is_timed(tokens: int, tmp_path: Path) -> None:
+    TARGET.write(small("qwen2", max_position_embeddings=tokens), tmp_path, batch())
+    example = batch(1, tokens)
+    llama_cpp.Prompts(tmp_path)(**example)
+    assert TARGET.load(tmp_path)(**example).logits.shape == (1, tokens, WORDS)
+    assert llama_cpp.peak_bytes(tmp_path, example) > 0
+
+
 # What verify finds
 
 _UP = "model.layers.0.mlp.up_proj"

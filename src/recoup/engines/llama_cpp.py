@@ -64,7 +64,8 @@ class Server:
         self.context, self._key = max(context, _LEAST_CONTEXT), secrets.token_hex()
         params = engine.CommonParams()
         params.model.path = str(file)
-        params.n_ctx = params.n_batch = params.n_ubatch = self.context
+        # An answer of one word needs one place more.
+        params.n_ctx = params.n_batch = params.n_ubatch = self.context + (not hidden)
         params.n_parallel, params.fit_params, params.warmup, params.ui = 1, False, False, False
         params.verbosity, params.api_keys = _ERRORS, [self._key]
         threads = torch.get_num_threads() if threads is None else threads
@@ -142,7 +143,7 @@ class LlamaCpp(nn.Module):
         self.file, self.exact, self.threads = model_file(path), exact, threads
         reader = read(self.file)
         architecture = field(reader, "general.architecture")
-        self.longest = int(field(reader, f"{architecture}.context_length"))
+        self.longest = _longest(reader)
         softcap = reader.get_field(f"{architecture}.final_logit_softcapping")
         self.softcap = None if softcap is None else float(softcap.contents())
         tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -179,15 +180,21 @@ class LlamaCpp(nn.Module):
 
 
 class Prompts(nn.Module):
-    """A file in llama.cpp that reads every sequence of a batch, and answers nothing: for its speed."""
+    """A file in llama.cpp that reads every sequence of a batch, and answers nothing: for its speed.
+
+    The server keeps the model's last place for a word that follows, so a sequence that fills the context is
+    read up to it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.file, self._server = model_file(path), None
+        self.longest = _longest(read(self.file)) - 1
 
     def forward(self, input_ids: Tensor, **others: Any) -> None:
         """One pass over each; other inputs of the batch are not llama.cpp's."""
         del others
+        input_ids = input_ids[:, : self.longest]
         if self._server is None or self._server.context < input_ids.shape[1]:
             self._server = Server(self.file, context=input_ids.shape[1], hidden=False)
         for ids in input_ids.tolist():
@@ -202,7 +209,8 @@ def peak_bytes(folder: Path, batch: Batch) -> int:
     """
     with tempfile.TemporaryDirectory() as temporary:
         ids = Path(temporary) / "ids.json"
-        ids.write_text(json.dumps(ids_of(batch).tolist()))
+        longest = _longest(read(folder)) - 1  # see `Prompts`
+        ids.write_text(json.dumps(ids_of(batch)[:, :longest].tolist()))
         script = Path(__file__).with_name("llama_cpp_peak.py")
         done = subprocess.run(
             [sys.executable, "-P", str(script), str(model_file(folder)), str(ids)],
@@ -272,6 +280,11 @@ def field(reader: Any, key: str) -> Any:
     if found is None:
         raise ValueError(f"the file's metadata has no {key}; export it again")
     return found.contents()
+
+
+def _longest(reader: Any) -> int:
+    """Tokens of the longest sequence that the model takes."""
+    return int(field(reader, f"{field(reader, 'general.architecture')}.context_length"))
 
 
 def _check_header(file: Path) -> None:

@@ -21,7 +21,7 @@ def main(file: str, ids: str) -> None:
     sequences = json.loads(Path(ids).read_text())
     params = engine.CommonParams()
     params.model.path = file
-    params.n_ctx = params.n_batch = params.n_ubatch = max(256, *map(len, sequences))
+    params.n_ctx = params.n_batch = params.n_ubatch = 1 + max(256, *map(len, sequences))
     params.n_parallel, params.fit_params, params.warmup, params.verbosity = 1, False, False, -1
     server = engine.Server(params)
     for sequence in sequences:
