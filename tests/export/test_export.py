@@ -104,7 +104,8 @@ def test_preflight_lets_through_what_runs(name: str) -> None:
     ("name", "hint"),
     [
         ("onxx", "did you mean 'onnx'"),
-        ("gguf", "this version writes onnx, compressed-tensors, pytorch"),
+        ("safetensors", "this version writes onnx, compressed-tensors, pytorch, gguf"),
+        ("ggufs", "did you mean 'gguf'"),
         ("compressed_tensors", "did you mean 'compressed-tensors'"),
     ],
 )

@@ -10,6 +10,8 @@ HEAVY = (
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "gguf",
+    "xllamacpp",
     "scipy",
     "sklearn",
     "matplotlib",

@@ -32,7 +32,7 @@ INTEGER = "w8a16 w4a16 w4a8 w3a16 w3a8 w2a16 w2a8 w4a8-ort w2a8-ort w8a8 w8a8-st
 FLOAT = (
     "fp8 fp8-static fp8-block w4afp8 mxfp8 mxfp6 mxfp4 mxfp4a16 mxint8 nvfp4 nvfp4a16 nvfp4-2d nvfp4-4over6"
 )
-GGUF = "q8_0 q4_0 q4_1 mxfp4-gguf tq2_0"
+GGUF = "q8_0 q8_0a16 q4_0 q4_1 mxfp4-gguf tq2_0"
 LEVELS = "nf4 w1a16-seq w1.58a16-seq w2a16-seq"
 PROMISED = (*INTEGER.split(), *FLOAT.split(), *GGUF.split(), *LEVELS.split())
 

@@ -5,9 +5,6 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,10 @@ import torch
 from torch import nn
 
 from recoup.convert import convert
-from recoup.engines import onnxruntime, pytorch, transformers
-from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
+from recoup.export.targets import Quantized, target_named
 from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
 from recoup.schemes import Plan, Scheme
-from recoup.validate import Cost
-from recoup.validate.cost import compare_costs, compare_sizes
 
 PARITY_FILE = "parity.json"
 _PROCESSOR_FILES = (
@@ -35,148 +29,6 @@ _PROCESSOR_FILES = (
     "chat_template*",
     "*preprocessor_config.json",
 )
-Quantized = Mapping[str, tuple[Scheme, type]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a target can do. Its functions import their libraries themselves: an unused target costs nothing.
-
-    Args:
-        check: (float or converted model, {module: (scheme, type of the converted module)}); raises ValueError
-            for what the engine cannot run.
-        settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
-            a module knows; whoever calibrates calls it before measuring.
-        write: (converted or float model, folder, example).
-        verify: (converted model, folder, example); raises ParityError.
-        load: folder -> a module that is called like the model and runs in the engine.
-        costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
-    """
-
-    check: Callable[[nn.Module, Quantized], None]
-    settle: Callable[[nn.Module], nn.Module]
-    write: Callable[[nn.Module, Path, Batch], None]
-    verify: Callable[[nn.Module, Path, Batch], Parity]
-    load: Callable[[Path], nn.Module]
-    costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
-
-
-def _onnx_check(model: nn.Module, modules: Quantized) -> None:
-    from recoup.export import onnx_nodes
-
-    del model
-    for path, (scheme, kind) in modules.items():
-        onnx_nodes.check(path, scheme, kind)
-
-
-def _onnx_write(model: nn.Module, folder: Path, example: Batch) -> None:
-    from recoup.export import onnx
-
-    onnx.write(model, folder, example)
-
-
-def _onnx_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    from recoup.export import onnx_parity
-
-    return onnx_parity.verify(model, folder, example)
-
-
-def _onnx_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]:
-    return compare_costs(
-        folders, batch,
-        load=onnxruntime.OnnxModel, size_bytes=onnxruntime.size_bytes, peak_bytes=onnxruntime.peak_bytes,
-    )  # fmt: skip
-
-
-def _folder_check(model: nn.Module, modules: Quantized) -> None:
-    from recoup.export import compressed_tensors
-
-    compressed_tensors.check(model, modules)
-
-
-def _folder_write(model: nn.Module, folder: Path, example: Batch) -> None:
-    from recoup.export import compressed_tensors
-
-    compressed_tensors.write(model, folder, example)
-
-
-def _folder_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    from recoup.export import compressed_tensors_parity
-
-    return compressed_tensors_parity.verify(model, folder, example)
-
-
-def _folder_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]:
-    return compare_sizes(
-        folders, batch, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED
-    )
-
-
-def _program_check(model: nn.Module, modules: Quantized) -> None:
-    from recoup.export import pytorch as program
-
-    del model
-    program.check(modules)
-
-
-def _program_write(model: nn.Module, folder: Path, example: Batch) -> None:
-    from recoup.export import pytorch as program
-
-    program.write(model, folder, example)
-
-
-def _program_verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    from recoup.export import pytorch_parity
-
-    return pytorch_parity.verify(model, folder, example)
-
-
-def _program_costs(folders: tuple[Path, Path], batch: Batch) -> tuple[Cost, Cost]:
-    return compare_costs(
-        folders, batch,
-        load=pytorch.PytorchModel, size_bytes=pytorch.size_bytes, peak_bytes=pytorch.peak_bytes,
-    )  # fmt: skip
-
-
-TARGETS: dict[str, Target] = {
-    "onnx": Target(
-        check=_onnx_check,
-        settle=lambda model: model,
-        write=_onnx_write,
-        verify=_onnx_verify,
-        load=onnxruntime.OnnxModel,
-        costs=_onnx_costs,
-    ),
-    "compressed-tensors": Target(
-        check=_folder_check,
-        settle=share_global_scales,
-        write=_folder_write,
-        verify=_folder_verify,
-        load=transformers.load,
-        costs=_folder_costs,
-    ),
-    "pytorch": Target(
-        check=_program_check,
-        settle=lambda model: model,
-        write=_program_write,
-        verify=_program_verify,
-        load=pytorch.PytorchModel,
-        costs=_program_costs,
-    ),
-}
-
-
-def target_named(name: str) -> Target:
-    """The target of that name.
-
-    Raises:
-        ValueError: there is none; names the nearest.
-    """
-    if name not in TARGETS:
-        nearest = get_close_matches(name, TARGETS, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"this version writes {', '.join(TARGETS)}"
-        raise ValueError(f"no export target {name!r}; {hint}")
-    return TARGETS[name]
 
 
 def preflight(model: nn.Module, plan: Plan, target: str) -> None:
@@ -222,8 +74,8 @@ def export(
     Args:
         model: prepared and calibrated, or converted.
         folder: must not exist, or be empty.
-        target: "onnx", a file for onnxruntime; "compressed-tensors", a folder for transformers and vLLM; or
-            "pytorch", a program of torch.export.
+        target: "onnx", a file for onnxruntime; "compressed-tensors", a folder for transformers and vLLM;
+            "pytorch", a program of torch.export; or "gguf", a file for llama.cpp.
         processor: a tokenizer or image processor to `save_pretrained` into the folder; by default copied
             from the model's own folder where it has one.
         example: one batch, to trace and compare with; by default the first that `calibrate` saw, or the
@@ -248,13 +100,15 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         unproven = Path(temporary) / "artefact"
         unproven.mkdir()
+        complete = _add_processor(model, unproven, processor)
         writer.write(coded, unproven, example)
         parity = writer.verify(coded, unproven, example)
-        _add_processor(model, unproven, processor)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()
         unproven.rename(folder)
+    if not complete:
+        warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=2)
     return parity
 
 
@@ -281,14 +135,14 @@ def _example(model: nn.Module) -> Batch:
     )
 
 
-def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:
-    """What turns a user's data into the model's inputs belongs to the artefact."""
+def _add_processor(model: nn.Module, folder: Path, processor: Any) -> bool:
+    """What turns a user's data into the model's inputs belongs to the artefact; False if there is none."""
     if processor is not None:
         processor.save_pretrained(folder)
-        return
+        return True
     config = getattr(model, "config", None)
     if config is None:
-        return  # no transformers model: it has no processor
+        return True  # no transformers model: it has no processor
     name = str(getattr(config, "_name_or_path", "") or "")  # empty for a model that was not loaded
     source = Path(name)
     files = (
@@ -297,7 +151,5 @@ def _add_processor(model: nn.Module, folder: Path, processor: Any) -> None:
         else []
     )
     for file in [*files, *source.glob("config.json")] if files else []:
-        if not (folder / file.name).exists():  # what was written knows more than what was read
-            shutil.copy2(file, folder)
-    if not files:
-        warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=3)
+        shutil.copy2(file, folder)  # what is written later replaces it, and knows more
+    return bool(files)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from recoup.engines.onnxruntime import OUTPUTS
 from recoup.export.tracing import first_two, free_axes, output_names, positional
 from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, CodedModule, is_coded
+from recoup.schemes import Scheme
 
 OPSET = 21
 FILE = "model.onnx"
@@ -26,6 +27,24 @@ MODULES = "recoup.modules"  # like OUTPUTS a key of the file's metadata
 AGAIN = " again "  # in a key of MODULES, after the path of a module that is called more than once
 _CLOSED = "QuantizedModule"
 _LARGEST_SINGLE_FILE = 2**31 - 2**20  # protobuf's limit, with room for the graph
+
+
+def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
+    """Can onnxruntime compute these schemes?
+
+    Args:
+        model: any; whether it can be traced is found when it is.
+        modules: what is quantized: the scheme and the type of the converted module, by name.
+
+    Raises:
+        ValueError: it cannot; names the module.
+        ImportError: the extra is not installed.
+    """
+    from recoup.export import onnx_nodes
+
+    del model
+    for path, (scheme, kind) in modules.items():
+        onnx_nodes.check(path, scheme, kind)
 
 
 def write(model: nn.Module, folder: Path, example: Batch) -> None:

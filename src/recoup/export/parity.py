@@ -38,25 +38,37 @@ class Parity:
         modules: quantized modules compared.
         codes: codes read back, all equal to the trained ones.
         scales: scales read back, all equal, as are the zero points beside them.
-        worst_module: the largest difference of a module's output, as a share of its bound.
+        worst_module: the largest difference of a module's output, as a share of its bound; None where the
+            engine shows no module's output.
         end_to_end: root mean square of the difference of the model's outputs, over that of the outputs.
+        divergence: of a language model: the mean Kullback-Leibler divergence of the engine's next word from
+            the trained model's, in nats; None where it is not asked.
+        same_word: the share of places where both find the same word most likely; None likewise.
     """
 
     modules: int
     codes: int
     scales: int
-    worst_module: float
+    worst_module: float | None
     end_to_end: float
+    divergence: float | None = None
+    same_word: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        return (
-            f"{self.codes:,} codes and {self.scales:,} scales read back equal; {self.modules} modules within "
-            f"{self.worst_module:.0%} of their bound; end to end {self.end_to_end:.1e} (relative, RMS)"
-        )
+        parts = [
+            f"{self.codes:,} codes and {self.scales:,} scales read back equal",
+            f"{self.modules} modules",
+        ]
+        if self.worst_module is not None:
+            parts[1] += f" within {self.worst_module:.0%} of their bound"
+        parts.append(f"end to end {self.end_to_end:.1e} (relative, RMS)")
+        if self.divergence is not None and self.same_word is not None:
+            parts.append(f"next words {self.divergence:.1e} nats apart, {self.same_word:.0%} the same")
+        return "; ".join(parts)
 
 
 def end_to_end(
@@ -100,6 +112,47 @@ def end_to_end(
             f"rounding explains {allowed:.3g}"
         )
     return drift
+
+
+def divergence(
+    model: nn.Module, outputs: Tensor, example: Batch, *, engine: str, lattices: int = 1
+) -> tuple[float, float]:
+    """How far an engine's next words are from the trained model's: mean nats, and the share of same words.
+
+    The divergence KL(p, q) is half the squared length of the difference of log-probabilities, measured by p's
+    own variance, up to third order. So its root adds up as the differences that `end_to_end` allows do, and
+    is allowed the same: three times the root of what rounding does, and once (for two lattices twice) that of
+    what quantizing inputs does.
+
+    Args:
+        model: converted; it answers log-probabilities (samples, tokens, words).
+        outputs: the engine's.
+        example: the batch that they are for.
+        engine: its name.
+        lattices: see `end_to_end`.
+
+    Raises:
+        ParityError: it is more than that explains.
+    """
+    trained = call(model, example)
+    with quantization_off(model):
+        plain = call(model, example)
+        with _shaken(model, 0.0):
+            rounding = _nats(plain, call(model, example))
+    found = _nats(trained, outputs)
+    allowed = (3 * rounding**0.5 + lattices * _nats(trained, plain) ** 0.5) ** 2
+    if not found <= allowed:
+        raise ParityError(
+            f"in {engine} the next words are {found:.3g} nats from the trained model's; rounding explains "
+            f"{allowed:.3g}"
+        )
+    return found, float((trained.argmax(dim=-1) == outputs.argmax(dim=-1)).double().mean())
+
+
+def _nats(reference: Tensor, other: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of log-probabilities (..., words)."""
+    p, q = reference.double().log_softmax(dim=-1), other.double().log_softmax(dim=-1)
+    return float((p.exp() * (p - q)).sum(dim=-1).mean().clamp(min=0.0))
 
 
 def relative_rms(reference: Any, other: Any) -> float:

@@ -28,12 +28,17 @@ from recoup.schemes import Scheme
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def check(modules: Mapping[str, tuple[Scheme, type]]) -> None:
+def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
     """Can torch's operators compute these schemes?
+
+    Args:
+        model: any; whether it can be traced is found when it is.
+        modules: what is quantized: the scheme and the type of the converted module, by name.
 
     Raises:
         ValueError: they cannot; names the module.
     """
+    del model
     for path, (scheme, _) in modules.items():
         pytorch_modules.check(path, scheme)
 

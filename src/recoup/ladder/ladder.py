@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recoup.calibrate import calibrate
 from recoup.explain import Explanation, explain
 from recoup.export import export, preflight, target_named
-from recoup.export.export import Target
+from recoup.export.targets import Target
 from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, measured, rung_json
 from recoup.ladder.facts import facts_of, identity_of

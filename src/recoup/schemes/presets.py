@@ -13,6 +13,7 @@ nvfp4           blocks of 16, E4M3 scales, one float32 scale per tensor. `-2d`: 
 ...a16          float inputs
 q8_0, q4_0, q4_1, mxfp4-gguf, tq2_0
                 llama.cpp's types of these names, with the inputs as its CPU kernels quantize them
+q8_0a16         the weights of q8_0 alone: for embeddings, whose inputs are ids
 nf4             QLoRA's levels, without its double quantization of scales
 w1a16-seq, ...  ParetoQ's 1, 1.58 and 2 bits per channel, for learned scales
 """
@@ -163,6 +164,7 @@ _TABLE: list[Scheme] = [
     ),
     # llama.cpp
     Scheme(name="q8_0", weights=_static(_Q8_0), inputs=_Q8_0),
+    Scheme(name="q8_0a16", weights=_static(_Q8_0)),
     Scheme(name="q4_0", weights=_gguf(IntFormat(4), "signed-max"), inputs=_Q8_0),
     Scheme(name="q4_1", weights=_gguf(IntFormat(4, signed=False), "min-max"), inputs=_Q8_0),
     Scheme(name="mxfp4-gguf", weights=replace(_mx(E2M1, "static"), scale_rule="floor"), inputs=_Q8_0),

@@ -1,0 +1,122 @@
+"""Where models ship: what each target checks, writes, proves and runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from recoup.engines import llama_cpp, onnxruntime, pytorch, transformers
+from recoup.export.fused import share_global_scales
+from recoup.export.parity import Parity
+from recoup.nn import Batch
+from recoup.schemes import Scheme
+from recoup.validate import Cost
+from recoup.validate.cost import compare_costs, compare_sizes
+
+Quantized = Mapping[str, tuple[Scheme, type]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a target can do. Its functions import their libraries themselves: an unused target costs nothing.
+
+    Args:
+        check: (float or converted model, {module: (scheme, type of the converted module)}); raises ValueError
+            for what the engine cannot run.
+        settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
+            a module knows; whoever calibrates calls it before measuring.
+        write: (converted or float model, folder, example); the files of the tokenizer or image processor are
+            in the folder already, if there are any.
+        verify: (converted model, folder, example); raises ParityError.
+        load: folder -> a module that is called like the model and runs in the engine.
+        costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
+    """
+
+    check: Callable[[nn.Module, Quantized], None]
+    settle: Callable[[nn.Module], nn.Module]
+    write: Callable[[nn.Module, Path, Batch], None]
+    verify: Callable[[nn.Module, Path, Batch], Parity]
+    load: Callable[[Path], nn.Module]
+    costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
+
+
+def _of(module: str, function: str) -> Callable[..., Any]:
+    """A function of this room whose module is imported when it is called: only then its library is needed."""
+
+    def late(*given: Any) -> Any:
+        return getattr(import_module(f"recoup.export.{module}"), function)(*given)
+
+    return late
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+TARGETS: dict[str, Target] = {
+    "onnx": Target(
+        check=_of("onnx", "check"),
+        settle=_as_it_is,
+        write=_of("onnx", "write"),
+        verify=_of("onnx_parity", "verify"),
+        load=onnxruntime.OnnxModel,
+        costs=partial(
+            compare_costs,
+            load=onnxruntime.OnnxModel,
+            size_bytes=onnxruntime.size_bytes,
+            peak_bytes=onnxruntime.peak_bytes,
+        ),
+    ),
+    "compressed-tensors": Target(
+        check=_of("compressed_tensors", "check"),
+        settle=share_global_scales,
+        write=_of("compressed_tensors", "write"),
+        verify=_of("compressed_tensors_parity", "verify"),
+        load=transformers.load,
+        costs=partial(compare_sizes, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED),
+    ),
+    "pytorch": Target(
+        check=_of("pytorch", "check"),
+        settle=_as_it_is,
+        write=_of("pytorch", "write"),
+        verify=_of("pytorch_parity", "verify"),
+        load=pytorch.PytorchModel,
+        costs=partial(
+            compare_costs,
+            load=pytorch.PytorchModel,
+            size_bytes=pytorch.size_bytes,
+            peak_bytes=pytorch.peak_bytes,
+        ),
+    ),
+    "gguf": Target(
+        check=_of("gguf", "check"),
+        settle=_as_it_is,
+        write=_of("gguf", "write"),
+        verify=_of("gguf_parity", "verify"),
+        load=llama_cpp.LlamaCpp,
+        costs=partial(
+            compare_costs,
+            load=llama_cpp.Prompts,
+            size_bytes=llama_cpp.size_bytes,
+            peak_bytes=llama_cpp.peak_bytes,
+        ),
+    ),
+}
+
+
+def target_named(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    if name not in TARGETS:
+        nearest = get_close_matches(name, TARGETS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"this version writes {', '.join(TARGETS)}"
+        raise ValueError(f"no export target {name!r}; {hint}")
+    return TARGETS[name]
