@@ -17,7 +17,7 @@ Without gradients nothing is remembered: an evaluation is right whatever hands w
 write through `.data` by other hands than an optimizer's, between two training passes and without a step.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,9 +26,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recoup.nn.fake_quantizer import FakeQuantizer
+from recoup.numerics import QuantSpec
 from recoup.numerics.kernels import Kept
 
-_kept: WeakKeyDictionary[FakeQuantizer, tuple[tuple[Any, ...], Kept]] = WeakKeyDictionary()
+
+class _Entry(NamedTuple):
+    spec: QuantSpec
+    impl: str
+    references: list[StorageWeakRef]  # which keep the identities in `places` from being given away again
+    places: list[tuple[int, int | torch.SymInt, torch.dtype]]
+    times: tuple[int, int, list[int]]
+    codes: Kept
+
+
+_kept: WeakKeyDictionary[FakeQuantizer, _Entry] = WeakKeyDictionary()
 _steps = 0
 
 
@@ -46,23 +57,25 @@ def kept_weight(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
     Raises:
         NonFiniteError: the weight is not finite.
     """
-    training = torch.is_grad_enabled()
-    state = [weight, *quantizer.parameters(), *quantizer.buffers()]
-    if not training or any(tensor.is_inference() for tensor in state):  # those have no version number
-        return _decided(quantizer, weight)
-    places = tuple(
-        (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.dtype) for tensor in state
-    )
-    times = (_steps, quantizer.loads, *(tensor._version for tensor in state))  # pyright: ignore[reportPrivateUsage]
-    key = (quantizer.spec, quantizer.impl, places), times
+    held = (weight, quantizer.scale, quantizer.zero_point, quantizer.offset, quantizer.global_scale)
+    state = [tensor for tensor in held if tensor is not None]
+    if not torch.is_grad_enabled() or any(tensor.is_inference() for tensor in state):
+        return _decided(quantizer, weight)  # inference tensors have no version number
+    storages = [tensor.untyped_storage() for tensor in state]
+    places = [(s._cdata, t.storage_offset(), t.dtype) for s, t in zip(storages, state, strict=True)]  # pyright: ignore[reportPrivateUsage]
+    times = _steps, quantizer.loads, [tensor._version for tensor in state]  # pyright: ignore[reportPrivateUsage]
     found = _kept.get(quantizer)
-    if found is None or found[0] != key:
+    if found is None or (found.spec, found.impl, found.places) != (quantizer.spec, quantizer.impl, places):
+        over, references = None, [StorageWeakRef(storage) for storage in storages]
+    elif found.times != times:
         # A tensor that was written to in place has no gradient from before any more, and so its bytes too
         # may be written over. Another tensor's may be needed still.
-        over = found[1].values if found is not None and found[0][0] == key[0] else None
-        found = key, _decided(quantizer, weight, over)
-        _kept[quantizer] = found
-    return found[1]
+        over, references = found.codes.values, found.references
+    else:
+        return found.codes
+    codes = _decided(quantizer, weight, over)
+    _kept[quantizer] = _Entry(quantizer.spec, quantizer.impl, references, places, times, codes)
+    return codes
 
 
 def _decided(quantizer: FakeQuantizer, weight: Tensor, over: Tensor | None = None) -> Kept:

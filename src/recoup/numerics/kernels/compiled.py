@@ -177,11 +177,9 @@ def _kernel(
 
 def _lines(x: Tensor, spec: QuantSpec) -> tuple[QuantSpec, Tensor]:
     """A view in which every row is a block, if blocks lie in one piece: so one kernel serves all shapes."""
-    if spec.granularity == per_tensor:
-        return spec, x.reshape(1, -1)
-    if spec.granularity.rows != 1:
-        return spec, x
-    return _by_lines(spec), x.reshape(-1, spec.granularity.columns or x.shape[1])
+    if spec.granularity.rows == 1:
+        return _by_lines(spec), x.reshape(-1, spec.granularity.columns or x.shape[1])
+    return spec, x.reshape(1, -1) if spec.granularity == per_tensor else x
 
 
 @cache
@@ -191,7 +189,7 @@ def _by_lines(spec: QuantSpec) -> QuantSpec:
 
 def _rows(qparams: QParams, spec: QuantSpec) -> tuple[Tensor | None, ...]:
     """The parts of qparams in the shape that goes with `_lines`."""
-    if spec.granularity == per_tensor or spec.granularity.rows != 1:
+    if spec.granularity.rows != 1:
         return _parts(qparams)
     *blocks, global_scale = _parts(qparams)
     return *(None if tensor is None else tensor.reshape(-1, 1) for tensor in blocks), global_scale

@@ -7,7 +7,7 @@ they serve: a weight's for a step, an input's for all layers that read it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from recoup.numerics.kernels.kept import Kept, may_saturate
 from recoup.numerics.kernels.place import place
 from recoup.numerics.spec import QParams, QuantSpec
 
-_FIELDS = tuple(field.name for field in fields(QParams))
+_FIELDS = ("scale", "zero_point", "offset", "global_scale")  # of QParams
 
 
 def fake_quantize(
@@ -52,9 +52,13 @@ def linear(
         bias: or none.
         kernels: an implementation.
     """
-    qparams, codes = (None, None) if of_x is None else of_x
-    given = (codes, of_weight[1], kernels, *_tensors(qparams), *_tensors(of_weight[0]))
-    return cast(Tensor, _Linear.apply(x, weight, bias, *given))
+    trained = (tensor for of in (of_x, of_weight) if _learned(of) for tensor in _tensors(cast(Any, of)[0]))
+    codes = None if of_x is None else of_x[1]
+    return cast(Tensor, _Linear.apply(x, weight, bias, codes, of_weight[1], kernels, *trained))
+
+
+def _learned(of: tuple[QParams, Kept] | None) -> bool:
+    return of is not None and of[1].spec.ranges == "learned"
 
 
 @dataclass(slots=True)
@@ -65,40 +69,23 @@ class _Factor:
     whole: Tensor | None
     codes: Kept | None
 
-    @classmethod
-    def of(cls, kernels: Kernels, spec: QuantSpec | None, saved: Sequence[Tensor | None]) -> "_Factor":
-        """The inverse of `saved`."""
-        whole, values, saturated, *qparams = saved
-        if spec is None:
-            return cls(kernels, whole, None)
-        assert values is not None, "codes were saved"
-        kept = Kept(values=values, saturated=saturated, qparams=_qparams(qparams), spec=spec)
-        return cls(kernels, whole, kept)
-
-    @property
-    def spec(self) -> QuantSpec | None:
-        return None if self.codes is None else self.codes.spec
-
-    def saved(self) -> tuple[Tensor | None, ...]:
-        """What the backward pass needs, as tensors that autograd's hooks may move or drop."""
-        if self.codes is None:
-            return self.whole, None, None, *_tensors(None)
-        whole = self.whole if self.codes.spec.ranges == "learned" else None
-        return whole, self.codes.values, self.codes.saturated, *_tensors(self.codes.qparams)
-
-    def values(self, out: Tensor) -> Tensor:
-        """What takes part in the product, in the memory of `out` or in its own."""
+    def values(self, name: str, own: torch.dtype, wanted: torch.dtype) -> Tensor:
+        """What takes part in the product, rounded to its own dtype, in the one that is wanted."""
         if self.codes is not None:
-            return self.kernels.restore(self.codes, out)
+            codes = self.codes.values
+            return self.kernels.restore(self.codes, place(name, codes.shape, own, codes.device)).to(wanted)
         assert self.whole is not None, "a factor without codes is in float"
-        return self.whole.to(out.dtype)
+        return self.whole.to(wanted)
 
     def gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the tensor and of its qparams, from that of its values, which is written over."""
+        """Of the tensor and, if they are learned, of its qparams, from that of its values.
+
+        That one is written over.
+        """
         if self.codes is None:
-            return grad, *_tensors(None)
+            return (grad,)
         if self.codes.spec.ranges != "learned":
-            return self.kernels.clip_(grad, self.codes), *_tensors(None)
+            return (self.kernels.clip_(grad, self.codes),)
         leaves = [None if t is None else t.detach() for t in (self.whole, *_tensors(self.codes.qparams))]
         trained = [leaf.requires_grad_() for leaf in leaves if leaf is not None and leaf.is_floating_point()]
         with torch.enable_grad():
@@ -108,22 +95,40 @@ class _Factor:
         return tuple(by_leaf.get(id(leaf)) for leaf in leaves)
 
 
+def _saved(x: Tensor, codes: Kept | None) -> tuple[Tensor | None, ...]:
+    """What the backward pass needs of a tensor, as tensors that autograd's hooks may move or drop."""
+    if codes is None:
+        return (x,)
+    whole = x if codes.spec.ranges == "learned" else None
+    return whole, codes.values, codes.saturated, *_tensors(codes.qparams)
+
+
+def _restored(kernels: Kernels, spec: QuantSpec | None, saved: Sequence[Tensor | None]) -> _Factor:
+    """The inverse of `_saved`."""
+    if spec is None:
+        return _Factor(kernels, saved[0], None)
+    whole, values, saturated, *qparams = saved
+    assert values is not None, "codes were saved"
+    kept = Kept(values=values, saturated=saturated, qparams=_qparams(qparams), spec=spec)
+    return _Factor(kernels, whole, kept)
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Kernels, spec: QuantSpec, *qparams: Tensor | None) -> Tensor:
-        factor = _Factor(kernels, x, kernels.keep(x, _qparams(qparams), spec, None))
+        codes = kernels.keep(x, _qparams(qparams), spec, None)
         ctx.kernels, ctx.spec = kernels, spec
-        ctx.save_for_backward(*factor.saved())
-        return factor.values(torch.empty_like(x, memory_format=torch.contiguous_format))
+        ctx.save_for_backward(*_saved(x, codes))
+        return kernels.restore(codes, torch.empty_like(x, memory_format=torch.contiguous_format))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        factor = _Factor.of(ctx.kernels, ctx.spec, ctx.saved_tensors)
+        factor = _restored(ctx.kernels, ctx.spec, ctx.saved_tensors)
         written_over = may_saturate(ctx.spec, carrier_of(ctx.spec.format))
         owned = grad.clone(memory_format=torch.contiguous_format) if written_over else grad
         of_x, *of_qparams = factor.gradients(owned)
-        return of_x, None, None, *of_qparams
+        return of_x, None, None, *(of_qparams or (None,) * len(_FIELDS))
 
 
 class _Linear(torch.autograd.Function):
@@ -136,44 +141,58 @@ class _Linear(torch.autograd.Function):
         codes_of_x: Kept | None,
         codes_of_weight: Kept,
         kernels: Kernels,
-        *_qparams: Tensor | None,
+        *_trained: Tensor | None,
     ) -> Tensor:
-        view = x.reshape(-1, x.shape[-1])
-        factors = _Factor(kernels, view, codes_of_x), _Factor(kernels, weight, codes_of_weight)
-        ctx.kernels, ctx.specs = kernels, [factor.spec for factor in factors]
-        ctx.shape, ctx.places = x.shape, ((view.shape, x.dtype), (weight.shape, weight.dtype))
-        ctx.save_for_backward(*(tensor for factor in factors for tensor in factor.saved()))
-        of_x = factors[0].values(place("x", view.shape, x.dtype, x.device))
-        of_weight = factors[1].values(place("weight", weight.shape, weight.dtype, x.device))
-        y = F.linear(of_x.view(x.shape), of_weight, bias)
+        spec = None if codes_of_x is None else codes_of_x.spec
+        whole = weight if codes_of_weight.spec.ranges == "learned" else None
+        ctx.save_for_backward(whole, *_saved(x.reshape(-1, x.shape[-1]), codes_of_x))
+        # A weight's codes outlive this graph, so hooks need not move them.
+        ctx.of_weight = codes_of_weight, _version(codes_of_weight.values)
+        ctx.kernels, ctx.spec, ctx.x, ctx.weight = kernels, spec, (x.shape, x.dtype), weight.dtype
+        if codes_of_x is not None:
+            room = place("x", codes_of_x.values.shape, x.dtype, x.device)
+            x = kernels.restore(codes_of_x, room).view(x.shape)
+        values = kernels.restore(codes_of_weight, place("weight", weight.shape, weight.dtype, x.device))
+        y = F.linear(x, values, bias)
         return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be written to in place afterwards
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = ctx.saved_tensors  # asked once: checkpointing computes them again at every asking
-        half = len(saved) // 2
-        x = _Factor.of(ctx.kernels, ctx.specs[0], saved[:half])
-        weight = _Factor.of(ctx.kernels, ctx.specs[1], saved[half:])
+        whole, *saved = ctx.saved_tensors  # asked once: checkpointing computes them again at every asking
+        kernels, (codes, version), (shape, dtype) = ctx.kernels, ctx.of_weight, ctx.x
+        if _version(codes.values) != version:
+            raise RuntimeError(
+                "a weight was modified by an inplace operation, and used again, after the forward pass whose "
+                "gradient is asked for; call backward() before the optimizer's step"
+            )
+        x, weight = _restored(kernels, ctx.spec, saved), _Factor(kernels, whole, codes)
         grad = grad.reshape(-1, grad.shape[-1])
-        places = [
-            place(name, shape, dtype, grad.device)
-            for name, (shape, dtype) in zip(("x", "weight"), ctx.places, strict=True)
-        ]
-        for_x, for_weight, for_bias, _, _, _, *for_qparams = ctx.needs_input_grad
-        of_x = of_weight = (None,) * (1 + len(_FIELDS))
-        if for_x or any(for_qparams[: len(_FIELDS)]):
-            of_x = x.gradients(grad @ weight.values(places[1]).to(grad.dtype))
-        if for_weight or any(for_qparams[len(_FIELDS) :]):
-            of_weight = weight.gradients(grad.T @ x.values(places[0]).to(grad.dtype))
+        for_x, for_weight, for_bias, _, _, _, *trained = ctx.needs_input_grad
+        learned = ctx.spec is not None and ctx.spec.ranges == "learned"
+        count = len(_FIELDS) if learned else 0
+        of_x: tuple[Tensor | None, ...] = (None,) * (1 + count)
+        of_weight: tuple[Tensor | None, ...] = (None,) * (1 + len(trained) - count)
+        if for_x or any(trained[:count]):
+            values = weight.values("weight", ctx.weight, grad.dtype)
+            of_x = x.gradients(grad @ values)
+        if for_weight or any(trained[count:]):
+            of_weight = weight.gradients(grad.T @ x.values("x", dtype, grad.dtype))
         bias = grad.sum(0) if for_bias else None
-        grad_x = None if of_x[0] is None else of_x[0].view(ctx.shape)
+        grad_x = None if of_x[0] is None else of_x[0].view(shape)
         return grad_x, of_weight[0], bias, None, None, None, *of_x[1:], *of_weight[1:]
 
 
-def _tensors(qparams: QParams | None) -> tuple[Tensor | None, ...]:
-    return tuple(getattr(qparams, name, None) for name in _FIELDS)
+def _version(tensor: Tensor) -> int:
+    """What writing in place moves; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]
+
+
+def _tensors(qparams: QParams) -> tuple[Tensor | None, ...]:
+    return qparams.scale, qparams.zero_point, qparams.offset, qparams.global_scale
 
 
 def _qparams(tensors: Sequence[Tensor | None]) -> QParams:
-    return QParams(**dict(zip(_FIELDS, tensors, strict=True)))  # pyright: ignore[reportArgumentType]
+    scale, zero_point, offset, global_scale = tensors
+    assert scale is not None, "every lattice has a scale"
+    return QParams(scale=scale, zero_point=zero_point, offset=offset, global_scale=global_scale)
