@@ -233,6 +233,10 @@ eager, made = KERNELS["fused"], KERNELS["compiled"]
 for name in sys.argv[1:]:
     scheme = PRESETS[name.rstrip("!")]
     spec = scheme.inputs if name.endswith("!") else scheme.weights
+    with torch.inference_mode():  # an evaluation may come first
+        x = torch.randn(8, 512)
+        kept = made.keep(x, qparams_of(x, spec), spec, None)
+        assert torch.equal(made.restore(kept, torch.empty(x.shape)), fake_quantize(x, kept.qparams, spec))
     for rows, columns in ((8, 512), (24, 512), (24, 256)):
         x = torch.randn(rows, columns)
         x[1] = torch.randint(-16, 17, (columns,)) / 4

@@ -150,7 +150,8 @@ def _kernel(
         sizes = [DimDynamic.STATIC] * tensor.ndim
         if tensor.ndim and tensor.shape[along] > 1:
             sizes[along] = DimDynamic.DYNAMIC
-        return fake.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return fake.from_tensor(torch.empty_like(tensor), symbolic_context=context)
 
     # Graphs know no None: where there is one, among what comes in and what goes out, is known here.
     carrier, comes = carrier_of(spec.format), [tensor is not None for tensor in tensors]
@@ -162,11 +163,13 @@ def _kernel(
         goes[:] = [tensor is not None for tensor in found]
         return tuple(tensor for tensor in found if tensor is not None)
 
-    with torch.no_grad(), FakeTensorMode(shape_env=ShapeEnv(duck_shape=False)) as fake:
+    with torch.inference_mode(False), torch.no_grad():  # whoever calls first, the kernel serves all
+        fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
         examples = [symbolic(tensor) for tensor in tensors if tensor is not None]
-        graph = make_fx(traced)(*examples)
-    assert not isinstance(examples[0].shape[along], int), "traced for one size"
-    run = standalone_compile(graph, [*examples], options={"config_patches": _AS_EAGER})
+        with fake:
+            graph = make_fx(traced)(*examples)
+        assert not isinstance(examples[0].shape[along], int), "traced for one size"
+        run = standalone_compile(graph, [*examples], options={"config_patches": _AS_EAGER})
 
     def kernel(*tensors: Tensor | None) -> Found:
         each = iter(run(*(tensor for tensor in tensors if tensor is not None)))
