@@ -389,7 +389,9 @@ def test_inputs_that_llama_cpp_does_not_take_are_refused(files: Callable[[str, s
 
 
 @pytest.mark.parametrize(
-    "example", [torch.randn(2, 8), (torch.zeros(2, 8),), {"pixel_values": torch.randn(1, 3)}], ids=str
+    "example",
+    [torch.randn(2, 8), (torch.zeros(2, 8),), {"pixel_values": torch.randn(1, 3)}],
+    ids=["floats", "a tuple", "pixels"],
 )
 def test_an_example_without_ids_is_refused(example: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"llama\.cpp reads token ids; bring an example"):
