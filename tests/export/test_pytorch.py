@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recoup import Recipe, Scheme, convert, export, prepare, ptq, resolve
-from recoup.engines import pytorch
 from recoup.engines.pytorch import PytorchModel
 from recoup.export import TARGETS, Parity, ParityError, preflight
 from recoup.nn import Codes, call, is_coded
@@ -290,19 +289,16 @@ def test_a_model_cast_after_its_conversion_keeps_its_codes(tmp_path: Path) -> No
     assert found.dtype == torch.bfloat16
 
 
-def test_costs_are_measured_next_to_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_measured_next_to_each_other(tmp_path: Path) -> None:
     x = torch.randn(2, 256)
     (tmp_path / "float").mkdir()
     target = TARGETS["pytorch"]
     target.write(nn.Sequential(nn.Linear(256, 256)), tmp_path / "float", x)
     export(ready(nn.Sequential(nn.Linear(256, 256)), {}, x), tmp_path / "small", "pytorch", example=x)
-    peak = pytorch.peak_bytes(tmp_path / "small", x)
-    assert 2**26 < peak < 2**34  # torch alone takes more than the first
-    monkeypatch.setattr(pytorch, "peak_bytes", lambda *_: peak)
     first, second = target.costs((tmp_path / "float", tmp_path / "small"), x)
     assert second.bytes < first.bytes
     assert first.seconds
-    assert second.peak_bytes == peak
+    assert 2**26 < second.peak_bytes < 2**34  # torch alone takes more than the first
 
 
 # refusals
