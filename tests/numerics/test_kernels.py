@@ -295,6 +295,9 @@ for name in ("w8a8", "w4a16", "w8a8-static!", "w8a8!", "nvfp4!", "fp8-block"):
             assert not own or torch.equal(codes.qparams.scale, qparams.scale)
             y = made.restore(codes, torch.empty(x.shape))
             assert rows == 0 or torch.equal(y, fake_quantize(x, qparams, spec)), (name, rows, width)
+            wide, tall = torch.cat([x, x], dim=1)[:, :width], x.T.contiguous().T  # views with other strides
+            for view in (wide, tall) if rows else ():
+                assert torch.equal(made.keep(view, qparams, spec, None).values, codes.values)
             again = made.keep(x * 0.5, qparams, spec, codes.values)
             assert again.values is codes.values
             assert torch.equal(made.restore(again, y), fake_quantize(x * 0.5, qparams, spec))

@@ -180,6 +180,7 @@ def _kernel(
 
 def _lines(x: Tensor, spec: QuantSpec) -> tuple[QuantSpec, Tensor]:
     """A view in which every row is a block, if blocks lie in one piece: so one kernel serves all shapes."""
+    x = x.contiguous()  # kernels are made for it
     if spec.granularity.rows == 1:
         return _by_lines(spec), x.reshape(-1, spec.granularity.columns or x.shape[1])
     return spec, x.reshape(1, -1) if spec.granularity == per_tensor else x
