@@ -274,6 +274,27 @@ def test_compiled_kernels_give_the_same_bytes(names: str) -> None:
     assert done.stdout.strip() == "identical", done.stderr[-3000:]
 
 
+TILES = """
+import torch
+from recoup.numerics import *
+from recoup.numerics.kernels import KERNELS
+from recoup.schemes import PRESETS
+
+made, spec = KERNELS["compiled"], PRESETS["fp8-block"].weights
+for rows in (128, 256, 384, 128):
+    x = torch.randn(rows, 256)
+    qparams = qparams_of(x, spec)
+    y = made.restore(made.keep(x, qparams, spec, None), torch.empty(x.shape))
+    assert torch.equal(y, fake_quantize(x, qparams, spec)), rows
+print("identical")
+"""
+
+
+def test_compiled_kernels_serve_one_row_of_tiles_and_several() -> None:
+    done = subprocess.run([sys.executable, "-c", TILES], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "identical", done.stderr[-3000:]
+
+
 MANY_WIDTHS = """
 import torch
 torch._inductor.standalone_compile = lambda graph, examples, options: graph  # what was traced, in eager torch

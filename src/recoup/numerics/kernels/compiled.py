@@ -128,8 +128,9 @@ def _run(function: Function, spec: QuantSpec, *tensors: Tensor | None) -> Found:
     if first.shape[along] == 1:  # which is a size of its own to whoever traces
         return function(spec, carrier_of(spec.format), *tensors)
     width = 0 if along == -1 else first.shape[1]
-    dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-    key = (function, spec, width, dtypes, first.device, torch.get_num_threads())
+    # One row of blocks has one row of scales: that size is a constant to whoever traces, too.
+    kinds = tuple(t if t is None else (t.dtype, t.shape[along:][:1] == (1,)) for t in tensors)
+    key = (function, spec, width, kinds, first.device, torch.get_num_threads())
     kernel = _kernels.get(key)
     if kernel is None:
         kernel = _kernels[key] = _kernel(function, spec, along, tensors)
