@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recoup import Recipe, Scheme, calibrate, convert, export, prepare, resolve
 from recoup.export import Parity
-from recoup.numerics import IntFormat, per_channel, per_group
+from recoup.numerics import E5M2, IntFormat, per_block, per_channel, per_group
 from recoup.schemes import PRESETS, preset
 
 WIDTH, FEATURES, WORDS = 256, 24, 12
@@ -21,6 +21,7 @@ LARGEST = 127 * 2.0**-3
 def _own() -> list[Scheme]:
     """Schemes that no preset has, of which onnxruntime runs each in another way."""
     grouped, static = PRESETS["w4a16"].weights, PRESETS["w8a8-ort-static"].inputs
+    fp8 = PRESETS["fp8"]
     affine = replace(grouped, scale_rule="affine", format=IntFormat(4, signed=False))
     return [
         Scheme(name="affine-unsigned", weights=affine),
@@ -31,6 +32,9 @@ def _own() -> list[Scheme]:
         Scheme(name="5-bits", weights=replace(grouped, format=IntFormat(5))),
         Scheme(name="w8a16-channels", weights=PRESETS["w8a8"].weights),
         Scheme(name="4-bit-channels", weights=replace(grouped, granularity=per_channel)),
+        Scheme(name="fp8-blocks", weights=replace(fp8.weights, granularity=per_block(8, 128)),
+               inputs=replace(fp8.inputs, granularity=per_group(128)) if fp8.inputs else None),
+        Scheme(name="e5m2", weights=replace(fp8.weights, format=E5M2)),
         Scheme(name="learned", weights=replace(grouped, ranges="learned")),
         Scheme(name="learned-both", weights=replace(PRESETS["w8a8"].weights, ranges="learned"),
                inputs=replace(static, ranges="learned") if static else None),
@@ -40,13 +44,14 @@ def _own() -> list[Scheme]:
 NAMES = [
     *("w8a16", "w4a16", "w3a16", "w2a16", "w4a8", "w3a8", "w2a8", "w4a8-ort", "w2a8-ort"),
     *("w8a8", "w8a8-static", "w8a8-ort", "w8a8-ort-static"),
+    *("fp8", "fp8-static", "w4afp8"),
     *("w8a16-g16", "w4a16-g16", "w4a16-g64", "w4a16-g128", "w2a16-g16"),
     *("w3a16-g128", "w4a8-g64", "w2a8-g128"),
     *("w4a8-ort-g16", "w4a8-ort-g64", "w4a8-ort-g128", "w2a8-ort-g64", "w2a8-ort-g128"),
 ]
 SCHEMES = {scheme.name: scheme for scheme in (*map(preset, NAMES), *_own())}
 EMBEDDINGS = {f"embedding-{name}": SCHEMES[name] for name in ("w8a16", "w4a16", "w3a16", "w2a16-g16",
-                                                              "affine-unsigned")}  # fmt: skip
+                                                              "affine-unsigned", "e5m2")}  # fmt: skip
 LINEARS = {f"{name}{suffix}": scheme for name, scheme in SCHEMES.items() for suffix in ("", "-no-bias")}
 
 

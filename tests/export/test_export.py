@@ -57,10 +57,10 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 UNSUPPORTED: dict[str, tuple[Scheme | str, str, str]] = {
-    "fp8": ("fp8", "layer", "e4m3 weights with"),
+    "mxfp8": ("mxfp8", "layer", "e4m3 weights with e8m0 scales"),
     "mxfp4": ("mxfp4", "layer", "e2m1 weights with"),
     "nvfp4": ("nvfp4", "layer", "e2m1 weights with"),
-    "w4afp8": ("w4afp8", "layer", "e4m3 inputs with"),
+    "mxfp6": ("mxfp6", "layer", "e2m3 weights with"),
     "groups of 24": ("w4a16-g24", "layer", "groups of a power of two from 16 up"),
     "groups of 8": ("w4a16-g8", "layer", "groups of a power of two from 16 up"),
     "2-bit weights and inputs in blocks of 16": ("w2a8-ort-g16", "layer", "groups of 32, 64 or 128"),
@@ -85,8 +85,12 @@ def test_what_the_engine_cannot_run_is_refused_before_any_work(
     message = str(error.value)
     assert message.startswith(f"{path}: scheme {plan.modules[path]!r}")
     assert reason in message
-    runs = "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort" if path == "layer" else "w8a16, w4a16"
+    runs = "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort, fp8" if path == "layer" else "w8a16, w4a16"
     assert f"{runs} and their relatives do" in message
+    elsewhere = (
+        "; the target 'onnx-qdq' writes it for engines elsewhere, as TensorRT, proved without a CPU engine"
+    )
+    assert message.endswith(elsewhere) == (scheme != "mxfp6")
     assert "\n" not in message
     if path == "layer" and plan[path].inputs is None:
         prepare(model, plan)
@@ -104,7 +108,7 @@ def test_preflight_lets_through_what_runs(name: str) -> None:
     ("name", "hint"),
     [
         ("onxx", "did you mean 'onnx'"),
-        ("safetensors", "this version writes onnx, compressed-tensors, pytorch, gguf"),
+        ("safetensors", "this version writes onnx, onnx-qdq, compressed-tensors, pytorch, gguf"),
         ("ggufs", "did you mean 'gguf'"),
         ("compressed_tensors", "did you mean 'compressed-tensors'"),
     ],
@@ -280,6 +284,84 @@ def test_a_model_that_returns_more_than_tensors_is_refused(what: Any, message: s
     with pytest.raises(ValueError, match=f"onnx: {message}; a file has only tensors as outputs"):
         writer.write(Returning(what), tmp_path, (torch.randn(2, 3), torch.randn(2, 3)))
     assert not list(tmp_path.iterdir())
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Without(nn.Module):
+    """An operator that ONNX has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(x @ x.mT)
+
+
+@pytest.mark.parametrize(
+    ("inner", "reason"),
+    [(Branching(), "Could not guard on data-dependent"), (Without(), "No ONNX function found for")],
+    ids=["a branch on values", "an operator that ONNX has not"],
+)
+def test_a_model_that_cannot_be_traced_names_the_module(
+    inner: nn.Module, reason: str, tmp_path: Path
+) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(96, 96)
+            self.blocks = nn.ModuleList([nn.ReLU(), nn.Sequential(nn.ReLU(), inner)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.blocks[0](self.first(x)))
+
+    model = ptq(Outer(), "w4a16", [torch.randn(2, 4, 96)])
+    with pytest.raises(ValueError, match=r"onnx: blocks\.1\.1 \(") as error:
+        export(model, tmp_path / "out", "onnx")
+    message = str(error.value)
+    assert message.startswith(f"onnx: blocks.1.1 ({type(inner).__name__}) cannot be traced: ")
+    assert reason in message
+    assert message.endswith("choose a target that does not trace (compressed-tensors, gguf)")
+    assert "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+class Classifier(nn.Module):
+    """Answers logits under that name, as transformers' classifiers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(96, 96), nn.Linear(96, 7)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(torch.tanh(self.body(x)))}
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8-ort-static"])
+@pytest.mark.parametrize("target", ["onnx", "onnx-qdq"])
+def test_classes_of_a_model_with_logits_are_compared(target: str, scheme: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 96)
+    parity = export(ptq(Classifier(), scheme, [x]), tmp_path / "out", target, example=x)
+    assert parity.divergence is not None
+    assert parity.divergence < 1e-9  # float32 sums: the square of 1e-6, and a few codes at ties
+    assert parity.same_word == 1.0
+    assert json.loads((tmp_path / "out" / "parity.json").read_text())["divergence"] == parity.divergence
+
+
+def test_what_multiplies_floats_is_named_by_node(chain: Exported) -> None:
+    found = chain.parity.in_float
+    assert found is not None
+    assert set(found.values()) == {
+        "MatMulNBits of floats: codes are made float in the kernel, inputs are float32",
+        "MatMulNBits of again: codes are made float in the kernel, inputs are float32",
+        "MatMulNBits of tokens: codes are made float in the kernel, inputs are float32",
+        "Gemm with head.weight: float32, as the recipe keeps it",
+    }
+    nodes = {node.name for node in chain.file.graph.node}
+    assert set(found) <= nodes
+    assert json.loads((chain.folder / "parity.json").read_text())["in_float"] == found
+    assert "4 products in float (parity.json names them)" in str(chain.parity)
 
 
 def test_a_transformers_model_with_quantized_embeddings(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.nn import CodedEmbedding, CodedLinear
+from recoup.numerics import IntFormat
 
 from .conftest import (
     EMBEDDINGS,
@@ -46,6 +47,11 @@ def decoded(file: onnx.ModelProto, path: str, rows: int, columns: int) -> Decode
     node = next(node for node in file.graph.node if f"{path}.codes" in node.input)
     codes, scales = stored[f"{path}.codes"], stored[f"{path}.scale"].ravel().tolist()
     zeros = stored.get(f"{path}.zero_point")
+    if codes.dtype.name.startswith("float8"):  # a code is its bit pattern, a byte
+        patterns = np.frombuffer(codes.tobytes(), np.uint8).reshape(rows, columns)
+        blocks = 1 if stored[f"{path}.scale"].ndim < 2 else stored[f"{path}.scale"].shape[1]
+        scale = np.array(scales).reshape(-1, blocks).tolist()
+        return patterns.tolist(), scale, [[0] * blocks] * rows
     if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         bits, blocks = attributes["bits"], columns // attributes["block_size"]
@@ -73,14 +79,16 @@ def decoded(file: onnx.ModelProto, path: str, rows: int, columns: int) -> Decode
 def test_the_bytes_hold_the_codes_and_scales_of_convert(branches: Exported, path: str) -> None:
     weight = branches.converted.get_submodule(path).weight
     codes, scales, zeros = decoded(branches.file, path, *weight.codes.shape)
-    trained_zeros = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
+    trained_zeros = torch.zeros(len(weight.codes), weight.scale.shape[1], dtype=torch.int32)
+    trained_zeros = trained_zeros if weight.zero_point is None else weight.zero_point
     per_block = weight.codes.shape[1] // weight.scale.shape[1]
     distance = torch.tensor(codes) - torch.tensor(zeros).repeat_interleave(per_block, 1)
     trained = weight.codes.int() - trained_zeros.int().repeat_interleave(per_block, 1)
     assert torch.equal(distance, trained.long())
     assert torch.equal(torch.tensor(scales), weight.scale)
-    saturation = weight.spec.format.hi - weight.spec.format.lo
-    assert len(set(weight.codes.flatten().tolist())) > saturation / 2  # nothing degenerate was compared
+    grid = weight.spec.format
+    there_are = grid.hi - grid.lo if isinstance(grid, IntFormat) else 2 ** (grid.bits - 1)
+    assert len(set(weight.codes.flatten().tolist())) > there_are / 2  # nothing degenerate was compared
 
 
 def test_every_module_is_in_the_proof(branches: Exported) -> None:
@@ -173,7 +181,7 @@ def test_no_quantized_weight_is_in_the_file_as_floats(branches: Exported) -> Non
         for attribute in node.attribute
         if attribute.type == onnx.AttributeProto.TENSOR
     ]
-    floats = {tensor.name: np.prod(tensor.dims) for tensor in stored if "FLOAT" in type_name(tensor)}
+    floats = {tensor.name: np.prod(tensor.dims) for tensor in stored if type_name(tensor) in WIDE}
     assert {name for name in floats if name.endswith(".codes")} == set()
     scales = max(module.weight.scale.numel() for module in branches.converted.modules() if coded(module))
     assert max(floats.values()) <= scales < min(FEATURES, WORDS) * WIDTH
@@ -181,6 +189,9 @@ def test_no_quantized_weight_is_in_the_file_as_floats(branches: Exported) -> Non
     for name in ("w4a16", "w4a8", "w3a16"):
         assert sizes[f"linear.{name}.codes"] == FEATURES * WIDTH // 2
     assert sizes["linear.w2a8-ort.codes"] == FEATURES * WIDTH // 4
+
+
+WIDE = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 
 
 def type_name(tensor: onnx.TensorProto) -> str:
@@ -215,7 +226,7 @@ def test_inputs_that_training_left_in_float_stay_in_float(branches: Exported) ->
     assert levels == {
         name: 4 if "a8-ort" in name else 1
         for name, scheme in LINEARS.items()
-        if scheme.weights.granularity.columns is not None
+        if scheme.weights.granularity.columns is not None and isinstance(scheme.weights.format, IntFormat)
     }
 
 

@@ -57,6 +57,8 @@ def _schemes() -> dict[str, Scheme]:
         for scheme in (
             Scheme(name="w8a16-channels", weights=channels),
             Scheme(name="4-bit-channels", weights=replace(channels, format=IntFormat(4, narrow=True))),
+            PRESETS["fp8-static"],
+            Scheme(name="fp8-channels", weights=PRESETS["fp8"].weights),
             Scheme(
                 name="learned-both",
                 weights=replace(channels, ranges="learned"),
@@ -142,9 +144,10 @@ def test_the_bytes_hold_the_codes_and_scales_of_convert(convolutions: Exported, 
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in convolutions.file.graph.initializer}
     weight = convolutions.converted.get_submodule(path).weight
     shape = convolutions.model.get_submodule(path).weight.shape
-    assert stored[f"{path}.codes"].dtype == np.int8
-    assert stored[f"{path}.codes"].shape == shape
-    assert stored[f"{path}.codes"].ravel().tolist() == weight.codes.flatten().tolist()
+    codes, dtype = stored[f"{path}.codes"], "float8_e4m3fn" if "fp8" in path else "int8"
+    assert codes.dtype.name == dtype
+    assert codes.shape == shape
+    assert codes.view(weight.codes.numpy().dtype).ravel().tolist() == weight.codes.flatten().tolist()
     assert stored[f"{path}.scale"].ravel().tolist() == weight.scale.flatten().tolist()
 
 
@@ -204,8 +207,12 @@ def test_a_session_quantizes_nothing_anew(convolutions: Exported, tmp_path: Path
     onnxruntime.InferenceSession(
         str(convolutions.folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
-    nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert not {"QLinearConv", "ConvInteger", "DequantizeLinear"} & set(nodes)
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    nodes = [node.op_type for node in optimized.node]
+    assert not {"QLinearConv", "ConvInteger"} & set(nodes)
+    # those of 8-bit floats are fused with nothing
+    left = [node for node in optimized.node if node.op_type == "DequantizeLinear"]
+    assert all("fp8" in f"{node.name} {list(node.input)} {list(node.output)}" for node in left)
     assert sum(name in ("Conv", "FusedConv") for name in nodes) == len(PATHS)
 
 
@@ -290,7 +297,7 @@ def test_groups_in_a_convolution_are_refused(name: str) -> None:
         preflight(model, resolve(model, Recipe.model_validate({"scheme": name, "rules": []})), "onnx")
     message = str(error.value)
     assert message.startswith(f"0: scheme '{name}' does not run in onnxruntime on a CPU: convolutions with")
-    assert message.endswith("w8a8-static, w8a8-ort, w8a8-ort-static and int8 weights per channel do")
+    assert "w8a8-static, w8a8-ort, w8a8-ort-static, fp8-static and int8 weights per channel do;" in message
 
 
 def test_a_layer_of_gpt2_is_a_linear_layer(tmp_path: Path) -> None:

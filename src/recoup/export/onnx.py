@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OUTPUTS
-from recoup.export.tracing import first_two, free_axes, output_names, positional
+from recoup.export.tracing import first_two, free_axes, output_names, positional, untraceable
 from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, CodedModule, is_coded
 from recoup.schemes import Scheme
 
@@ -47,7 +47,14 @@ def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
         onnx_nodes.check(path, scheme, kind)
 
 
-def write(model: nn.Module, folder: Path, example: Batch) -> None:
+def write(
+    model: nn.Module,
+    folder: Path,
+    example: Batch,
+    *,
+    lowering: Mapping[type, Callable[..., Any]] | None = None,
+    opset: int = OPSET,
+) -> None:
     """Write `model` as folder/model.onnx; a float model is written as it is.
 
     Batch size and the lengths of token sequences stay free wherever the model itself leaves them free.
@@ -57,15 +64,18 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
         model: converted, or float. Its mode is set to eval for the tracing, and put back.
         folder: exists.
         example: one batch, to trace with; its first two samples are enough.
+        lowering: the nodes of each type of converted module; onnxruntime's by default.
+        opset: of the operators.
 
     Raises:
-        ValueError: the model returns something other than tensors, or is not in float32.
+        ValueError: the model returns something other than tensors, is not in float32, or cannot be traced.
         ImportError: the extra is not installed.
     """
     try:
+        import onnx
         import onnx_ir as ir
 
-        from recoup.export import onnx_conv, onnx_nodes
+        from recoup.export import onnx_conv, onnx_graph, onnx_nodes
     except ImportError as error:
         raise ImportError(f"the onnx target needs {error.name}: pip install 'recoup[onnx]'") from None
 
@@ -80,19 +90,20 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     example = first_two(example)
     outputs = output_names(model, example, "onnx")
     with _closed(model) as coded:
-        program = _trace(model, example, outputs)
-    lowering = {
-        CodedLinear: onnx_nodes.linear,
-        CodedConv: onnx_conv.conv,
-        CodedEmbedding: onnx_nodes.embedding,
-    }
+        program = _trace(model, example, outputs, opset)
+    if lowering is None:
+        lowering = {
+            CodedLinear: onnx_nodes.linear,
+            CodedConv: onnx_conv.conv,
+            CodedEmbedding: onnx_nodes.embedding,
+        }
     graph, values = program.model.graph, dict[str, dict[str, str]]()
     for node in [node for node in graph if node.op_type == _CLOSED]:
         path = node.attributes["path"].as_string()
-        nodes = onnx_nodes.Graph(path, graph.initializers)
+        nodes = onnx_graph.Graph(path, graph.initializers)
         closed_input, closed_output = node.inputs[0], node.outputs[0]
         assert closed_input is not None
-        lower: Any = next(nodes_of for kind, nodes_of in lowering.items() if isinstance(coded[path], kind))
+        lower = next(nodes_of for kind, nodes_of in lowering.items() if isinstance(coded[path], kind))
         output = lower(nodes, coded[path], closed_input)
         output.dtype, output.shape = closed_output.dtype, closed_output.shape
         ir.convenience.replace_nodes_and_values(
@@ -102,8 +113,10 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
             graph.register_initializer(initializer)
         call_of_path = path if path not in values else f"{path}{AGAIN}{len(values)}"
         values[call_of_path] = {"input": str(closed_input.name), "output": str(output.name)}
-    program.model.opset_imports[onnx_nodes.MICROSOFT] = 1
+    if any(node.domain == onnx_graph.MICROSOFT for node in graph):
+        program.model.opset_imports[onnx_graph.MICROSOFT] = 1
     program.model.opset_imports.pop("recoup", None)
+    program.model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     program.model.metadata_props[OUTPUTS] = json.dumps(outputs)
     program.model.metadata_props[MODULES] = json.dumps(values)
     size = sum(
@@ -114,7 +127,7 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     )
 
 
-def _trace(model: nn.Module, example: Batch, outputs: list[str]) -> Any:
+def _trace(model: nn.Module, example: Batch, outputs: list[str], opset: int) -> Any:
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (positional(example), {})
     free = {name: free_axes(value) for name, value in kwargs.items()} or tuple(map(free_axes, args))
     modes = {module: module.training for module in model.modules()}
@@ -131,10 +144,12 @@ def _trace(model: nn.Module, example: Batch, outputs: list[str]) -> Any:
                 kwargs=kwargs,
                 dynamo=True,
                 dynamic_shapes=free,
-                opset_version=OPSET,
+                opset_version=opset,
                 output_names=[name or "output" for name in outputs],
                 verbose=False,
             )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(f"onnx: {untraceable(model, error)}") from error
     finally:
         log.setLevel(level)
         for module, mode in modes.items():

@@ -4,6 +4,7 @@
     per channel    float                   Conv
     per channel    (u)int8, static         the input's codes in QuantizeLinear, then Conv on them as floats
     per channel    uint8, per tensor       the same with DynamicQuantizeLinear
+    8-bit floats   float, or the same      see onnx_qdq.py; nothing there is fused
 
 The weight is stored as int8 codes and scales. Cast and Mul make it float once, when a session opens. The sum
 of products is then float32 with the bias that training had, so the module's bound is that of a linear layer.
@@ -13,17 +14,18 @@ and where a DequantizeLinear leads to a Conv with float weights, a session quant
 See docs/decisions/0010.
 """
 
-import numpy as np
 import onnx_ir as ir
 
-from recoup.export.onnx_nodes import Graph, input_layout, static_codes
+from recoup.export import onnx_qdq
+from recoup.export.onnx_graph import Graph
+from recoup.export.onnx_nodes import input_layout, static_codes, weight_layout
 from recoup.nn import CodedConv
-
-_PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def conv(g: Graph, module: CodedConv, x: ir.Value) -> ir.Value:
     """The nodes of a convolution, from its input to its output."""
+    if weight_layout(module.weight.spec) == "floats":
+        return onnx_qdq.conv(g, module, x)
     dimensions = len(module.kernel_size)
     stored = module.weight.codes.cpu().numpy().reshape(module.out_channels, -1, *module.kernel_size)
     weight = g("Cast", g.initializer("codes", stored), to=int(ir.DataType.FLOAT))
@@ -37,27 +39,7 @@ def conv(g: Graph, module: CodedConv, x: ir.Value) -> ir.Value:
             x = g("Mul", _centred(g, codes, zero), input_scale)
         case _:
             pass
-    # F.pad takes the last axis first, ONNX all beginnings and then all ends
-    begins, ends = (list(module.edges[side::2])[::-1] for side in (0, 1))
-    pads = [*begins, *ends]
-    if module.padding_mode != "zeros":
-        everywhere = np.array(
-            [0, 0, *begins, 0, 0, *ends], np.int64
-        )  # batch and channels are axes of Pad too
-        x = g("Pad", x, g.initializer("pads", everywhere), mode=_PAD_MODES[module.padding_mode])
-        pads = [0] * len(pads)
-    bias = module.bias
-    return g(
-        "Conv",
-        x,
-        g("Mul", weight, scale),
-        *([] if bias is None else [g.initializer("bias", bias.detach().float().cpu().numpy())]),
-        kernel_shape=list(module.kernel_size),
-        strides=list(module.stride),
-        dilations=list(module.dilation),
-        group=module.groups,
-        pads=pads,
-    )
+    return onnx_qdq.convolved(g, module, x, g("Mul", weight, scale))
 
 
 def _centred(g: Graph, codes: ir.Value, zero: ir.Value) -> ir.Value:

@@ -7,7 +7,9 @@
     groups         int8 per token      the input's codes in plain nodes, then MatMulNBits as for float
     per channel    float               DequantizeLinear, Squeeze, MatMul
     per channel    (u)int8, any scale  the input's codes as uint8, MatMulInteger, scales
-    embedding      -                   GatherBlockQuantized
+    8-bit floats   float, or the same  see onnx_qdq.py
+    groups         8-bit floats        the input's pair as there, then MatMulNBits as for float
+    embedding      -                   GatherBlockQuantized; 8-bit floats see onnx_qdq.py
     convolution    see onnx_conv.py
 
 Two choices are the engine's. Accuracy level 1 is written out because the default lets a session quantize
@@ -16,52 +18,22 @@ x86 without VNNI the sum of two products of uint8 and int8 saturates in 16 bits,
 uint8 is exact everywhere. Codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 from torch import nn
 
+from recoup.export import onnx_qdq
+from recoup.export.onnx_graph import MICROSOFT, Array, Graph
 from recoup.nn import CodedConv, CodedEmbedding, CodedLinear, Codes, FakeQuantizer
-from recoup.numerics import FLOAT32, IntFormat, QuantSpec
+from recoup.numerics import E4M3, E5M2, FLOAT32, IntFormat, QuantSpec
 from recoup.schemes import Scheme
 
-MICROSOFT = "com.microsoft"
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class Graph:
-    """Nodes and initializers under construction for one call of a module; `path` prefixes every name.
-
-    Args:
-        path: of the module.
-        stored: what the file holds already, by name: a module that is called again has the same tensors.
-    """
-
-    def __init__(self, path: str, stored: Mapping[str, ir.Value]) -> None:
-        self.path, self.stored, self.tape = path, stored, Tape()
-
-    def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        """One node with one output."""
-        return self.tape.op(op, inputs, attributes, domain=domain)
-
-    def several(self, op: str, *inputs: ir.Value, outputs: int) -> tuple[ir.Value, ...]:
-        """One node with several outputs."""
-        return tuple(self.tape.op_multi_out(op, inputs, num_outputs=outputs))
-
-    def initializer(self, name: str, array: Array) -> ir.Value:
-        """A stored tensor, called `path.name` in the file."""
-        name = f"{self.path}.{name}"
-        return (
-            self.stored[name] if name in self.stored else self.tape.initializer(ir.tensor(array), name=name)
-        )
-
-
 _RUNS = {
-    CodedLinear: "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort and their relatives",
-    CodedConv: "w8a8-static, w8a8-ort, w8a8-ort-static and int8 weights per channel",
+    CodedLinear: "w4a16, w4a8, w4a8-ort, w8a8, w8a8-ort, fp8 and their relatives",
+    CodedConv: "w8a8-static, w8a8-ort, w8a8-ort-static, fp8-static and int8 weights per channel",
     CodedEmbedding: "w8a16, w4a16 and their relatives",
 }
 
@@ -78,12 +50,22 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
             _linear_nodes(scheme)
         elif issubclass(kind, CodedConv):
             _check_convolution(scheme)
-        elif weight_layout(scheme.weights) != "groups":
+        elif weight_layout(scheme.weights) == "channels":
             raise ValueError("embeddings need integer weights in groups")
     except ValueError as error:
         raise ValueError(
             f"{path}: scheme {scheme.name!r} does not run in onnxruntime on a CPU: {error}; {runs} do"
+            + _elsewhere(path, scheme, kind)
         ) from None
+
+
+def _elsewhere(path: str, scheme: Scheme, kind: type) -> str:
+    """Where a file of this scheme can be had nevertheless."""
+    try:
+        onnx_qdq.check(path, scheme, kind)
+    except ValueError:
+        return ""
+    return "; the target 'onnx-qdq' writes it for engines elsewhere, as TensorRT, proved without a CPU engine"
 
 
 def container_bits(bits: int) -> int:
@@ -99,7 +81,7 @@ def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
     """The nodes of a linear layer, from its input to its output."""
     nodes = _linear_nodes(module.scheme)
     y = nodes(g, module, x)
-    if module.bias is None:
+    if module.bias is None or nodes is onnx_qdq.linear:
         return y
     # onnxruntime fuses an Add into MatMulIntegerToFloat, which then scales the bias like each token
     add = "Sum" if nodes is _token_codes_then_integers else "Add"
@@ -108,6 +90,8 @@ def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
 
 def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
     """The nodes of an embedding, from ids to vectors."""
+    if weight_layout(module.weight.spec) == "floats":
+        return onnx_qdq.embedding(g, module, ids)
     packed = _pack(module.weight)
     return g(
         "GatherBlockQuantized",
@@ -125,10 +109,13 @@ def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
 
 def _check_convolution(scheme: Scheme) -> None:
     weights, inputs = weight_layout(scheme.weights), input_layout(scheme)
+    if weights == "floats" and inputs in ("in float", "in 8-bit floats"):
+        return
     if weights != "channels" or inputs not in ("in float", "per tensor", "per tensor, static"):
         raise ValueError(f"convolutions with weights in {weights} and inputs {inputs} have no kernel there")
 
 
+_EIGHT_BIT_FLOATS = (E4M3, E5M2)
 LinearNodes = Callable[[Graph, CodedLinear, ir.Value], ir.Value]
 
 
@@ -152,6 +139,8 @@ def weight_layout(spec: QuantSpec) -> str:
     Raises:
         ValueError: for something that onnxruntime has no kernel for.
     """
+    if spec.format in _EIGHT_BIT_FLOATS and spec.scale_format == FLOAT32 and not spec.has_offset:
+        return "floats"
     if not isinstance(spec.format, IntFormat) or spec.global_scale or spec.has_offset:
         raise ValueError(f"{spec.format.name} weights with {_scales(spec)} have no kernel there")
     match (spec.granularity.rows, spec.granularity.columns):
@@ -175,6 +164,9 @@ def input_layout(scheme: Scheme) -> str:
     spec = scheme.inputs
     if spec is None:
         return "in float"
+    if spec.format in _EIGHT_BIT_FLOATS and _float32_scales(spec):
+        onnx_qdq.check_inputs(spec, CodedLinear)
+        return "in 8-bit floats"
     if not (isinstance(spec.format, IntFormat) and spec.format.bits == 8 and _float32_scales(spec)):
         raise ValueError(f"{spec.format.name} inputs with {_scales(spec)} have no kernel there")
     symmetric = spec.format.signed and spec.scale_rule == "narrow"
@@ -222,14 +214,19 @@ def _matmul_nbits(accuracy_level: int) -> LinearNodes:
     return nodes
 
 
+def _float_codes_then_nbits(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+    quantized = onnx_qdq.inputs(g, module.scheme.inputs, module.input_quantizer, x, module.in_features)
+    return _matmul_nbits(1)(g, module, quantized)
+
+
 def _token_codes_then_nbits(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
     codes, scale = _codes_per_token(g, x)
     return _matmul_nbits(1)(g, module, g("Mul", codes, scale))
 
 
 def _dequantized_weight(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
-    # The matrix is stored with a third axis: where a MatMul follows a DequantizeLinear at once, onnxruntime
-    # puts a MatMulNBits that quantizes its inputs.
+    # The matrix is stored with a third axis: where a DequantizeLinear of integers leads to a MatMul, at once
+    # or through a Transpose, onnxruntime puts a MatMulNBits that quantizes its inputs.
     codes = g.initializer("codes", _codes(module.weight).T[None].copy())
     scale = g.initializer("scale", module.weight.scale.cpu().numpy().reshape(-1))
     weight = g("DequantizeLinear", codes, scale, axis=2)
@@ -293,7 +290,10 @@ _LINEAR: dict[tuple[str, str], LinearNodes] = {
     ("groups", "in float"): _matmul_nbits(1),
     ("groups", "in the weights' blocks"): _blocks_in_the_kernel,
     ("groups", "per token"): _token_codes_then_nbits,
+    ("groups", "in 8-bit floats"): _float_codes_then_nbits,
     ("channels", "in float"): _dequantized_weight,
+    ("floats", "in float"): onnx_qdq.linear,
+    ("floats", "in 8-bit floats"): onnx_qdq.linear,
     ("channels", "per token"): _token_codes_then_integers,
     ("channels", "per tensor"): _tensor_codes_then_integers,
     ("channels", "per tensor, static"): _static_codes_then_integers,

@@ -12,7 +12,8 @@ What is proven where:
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
+from recoup.export import onnx_bytes
 from recoup.export.onnx import AGAIN, FILE, MODULES
 from recoup.export.onnx_nodes import container_bits
-from recoup.export.parity import Parity, ParityError, end_to_end, equal, expected
-from recoup.nn import Batch, call, is_coded
+from recoup.export.onnx_report import in_float
+from recoup.export.parity import Parity, ParityError, divergence, end_to_end, equal, expected
+from recoup.nn import Batch, Codes, call, is_coded
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -36,33 +39,46 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     """Compare folder/model.onnx with the converted model it was written from.
 
     Every code, scale and zero point in the file equals the trained one; the file quantizes these modules
-    and no others; every module, fed what the engine fed it, agrees within its bound; the outputs differ by
-    no more than rounding errors explain.
+    and no others; every module, fed what the engine fed it, agrees within its bound; the outputs, and where
+    they are logits the words or classes, differ by no more than rounding errors explain.
 
     Raises:
         ParityError: one of these does not hold; names it.
     """
+    parity = compared(model, folder, example, OnnxModel, "onnxruntime")
+    return replace(parity, in_float=in_float(onnx.load(folder / FILE, load_external_data=False)))
+
+
+def compared(
+    model: nn.Module, folder: Path, example: Batch, load: Callable[[Path], OnnxModel], engine: str
+) -> Parity:
+    """The proof, in whatever runs the file.
+
+    Args:
+        model: converted.
+        folder: with the file.
+        example: the batch to compare with.
+        load: folder -> the file in an engine.
+        engine: its name, for messages.
+
+    Raises:
+        ParityError: see `verify`.
+    """
     coded: dict[str, Any] = {name: module for name, module in model.named_modules() if is_coded(module)}
     file = onnx.load(folder / FILE)
-    stored = read_codes(file)
+    stored, packed = _modules(file), read_codes(file)
     if set(stored) != set(coded):
         raise ParityError(
             f"the file quantizes other modules than the plan: {sorted(set(stored) ^ set(coded))}"
         )
-    codes = scales = 0
-    for path, module in coded.items():
-        values, scale, zero_point = stored[path]
-        weight = module.weight
-        zero = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
-        first = 0 if weight.spec.format.lo else 2 ** (container_bits(weight.spec.format.bits) - 1)
-        equal(path, "codes", values + first, weight.codes)
-        equal(path, "scale", scale, weight.scale)
-        equal(path, "zero point", np.broadcast_to(zero_point, scale.shape) + first, zero)
-        codes, scales = codes + values.size, scales + scale.size
-
+    counts = [
+        _same_codes(path, module.weight, *packed[path])
+        if path in packed
+        else _same_typed_codes(path, module.weight, file)
+        for path, module in coded.items()
+    ]
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
-    engine = _OpenedFile(file, folder, mapped)
-    results = engine.run(example)
+    results = _OpenedFile(file, folder, mapped, load).run(example)
     worst = 0.0
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
@@ -71,20 +87,84 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
         excess = ((y.double() - trained).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
-                f"{path}: onnxruntime's output is {float(excess):.3g} times its bound from the trained one"
+                f"{path}: {engine}'s output is {float(excess):.3g} times its bound from the trained one"
             )
         worst = max(worst, float(excess))
+    outputs = call(load(folder), example)
+    nats, same = None, None
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        nats, same = divergence(_Logits(model), outputs["logits"], example, engine=engine)
     return Parity(
         modules=len(coded),
-        codes=codes,
-        scales=scales,
+        codes=sum(codes for codes, _ in counts),
+        scales=sum(scales for _, scales in counts),
         worst_module=worst,
-        end_to_end=end_to_end(model, call(OnnxModel(folder), example), example, engine="onnxruntime"),
+        end_to_end=end_to_end(model, outputs, example, engine=engine),
+        divergence=nats,
+        same_word=same,
     )
 
 
+class _Logits(nn.Module):
+    """A model whose outputs are its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model(*args, **kwargs)["logits"]
+
+
+def _modules(file: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """The quantized modules of a file, each with the node that reads its codes."""
+    stored = {tensor.name for tensor in file.graph.initializer if tensor.name.endswith(".codes")}
+    return {
+        name.removesuffix(".codes"): node for node in file.graph.node for name in node.input if name in stored
+    }
+
+
+def _is_typed(node: onnx.NodeProto) -> bool:
+    """Reads codes in ONNX's own types, laid as they were trained; the other form has a third axis."""
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+    return node.op_type == "DequantizeLinear" and axis < 2
+
+
+def _same_codes(path: str, weight: Codes, values: Array, scale: Array, zero_point: Array) -> tuple[int, int]:
+    """How many codes and scales were compared.
+
+    Raises:
+        ParityError: one differs.
+    """
+    zero = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
+    first = 0 if weight.spec.format.lo else 2 ** (container_bits(weight.spec.format.bits) - 1)
+    equal(path, "codes", values + first, weight.codes)
+    equal(path, "scale", scale, weight.scale)
+    equal(path, "zero point", np.broadcast_to(zero_point, scale.shape) + first, zero)
+    return values.size, scale.size
+
+
+def _same_typed_codes(path: str, weight: Codes, file: onnx.ModelProto) -> tuple[int, int]:
+    """Of a weight in ONNX's own types, whose DequantizeLinear reads it as it was trained."""
+    tensors = {tensor.name: tensor for tensor in file.graph.initializer}
+    codes, scale = (
+        onnx_bytes.read_codes(tensors[f"{path}.codes"]),
+        onnx_bytes.read_scales(tensors[f"{path}.scale"]),
+    )
+    equal(path, "codes", codes, weight.codes)
+    equal(path, "scale", scale.reshape(weight.scale.shape), weight.scale)
+    if weight.zero_point is not None:
+        zero_point = onnx_bytes.read_codes(tensors[f"{path}.zero_point"])
+        equal(path, "zero point", zero_point.reshape(weight.scale.shape), weight.zero_point)
+    if weight.global_scale is not None:
+        equal(
+            path, "global scale", onnx_bytes.read_scales(tensors[f"{path}.global_scale"]), weight.global_scale
+        )
+    return codes.size, scale.size
+
+
 def read_codes(file: onnx.ModelProto) -> dict[str, tuple[Array, Array, Array]]:
-    """Codes, scales and zero points of every quantized module, unpacked from the file alone.
+    """Codes, scales and zero points of every module in a layout of onnxruntime, unpacked from the file alone.
 
     Returns:
         By module: codes (rows, columns) as distances from the middle of their container, scales
@@ -92,11 +172,9 @@ def read_codes(file: onnx.ModelProto) -> dict[str, tuple[Array, Array, Array]]:
     """
     initializers = {tensor.name: tensor for tensor in file.graph.initializer}
     modules: dict[str, tuple[Array, Array, Array]] = {}
-    for node in file.graph.node:
-        stored = next((name for name in node.input if name.endswith(".codes") and name in initializers), None)
-        if stored is None:
+    for path, node in _modules(file).items():
+        if _is_typed(node):
             continue
-        path = stored.removesuffix(".codes")
         arrays = {
             name: numpy_helper.to_array(initializers[f"{path}.{name}"])
             for name in ("codes", "scale", "zero_point")
@@ -139,7 +217,13 @@ def _bits(rows: Array, bits: int) -> Array:
 class _OpenedFile:
     """The file in a session that also returns the inputs and outputs of the quantized modules."""
 
-    def __init__(self, file: onnx.ModelProto, folder: Path, modules: dict[str, dict[str, str]]) -> None:
+    def __init__(
+        self,
+        file: onnx.ModelProto,
+        folder: Path,
+        modules: dict[str, dict[str, str]],
+        load: Callable[[Path], OnnxModel],
+    ) -> None:
         self.names = sorted({name for values in modules.values() for name in values.values()})
         opened = onnx.ModelProto()
         opened.CopyFrom(file)
@@ -154,7 +238,7 @@ class _OpenedFile:
                 location="weights",
                 size_threshold=1024,
             )
-            self.model = OnnxModel(temporary)
+            self.model = load(Path(temporary))
 
     def run(self, example: Batch) -> dict[str, Tensor]:
         feeds = _feeds(example, self.model.inputs)

@@ -41,9 +41,11 @@ class Parity:
         worst_module: the largest difference of a module's output, as a share of its bound; None where the
             engine shows no module's output.
         end_to_end: root mean square of the difference of the model's outputs, over that of the outputs.
-        divergence: of a language model: the mean Kullback-Leibler divergence of the engine's next word from
-            the trained model's, in nats; None where it is not asked.
-        same_word: the share of places where both find the same word most likely; None likewise.
+        divergence: of a model that answers logits: the mean Kullback-Leibler divergence of the engine's next
+            word (or class) from the trained model's, in nats; None where it is not asked.
+        same_word: the share of places where both find the same word or class most likely; None likewise.
+        engine: what computed it, where that is not the engine that the target is named for.
+        in_float: what is not multiplied in codes, by node or module: what it falls back to, and why.
     """
 
     modules: int
@@ -53,6 +55,8 @@ class Parity:
     end_to_end: float
     divergence: float | None = None
     same_word: float | None = None
+    engine: str | None = None
+    in_float: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -68,6 +72,10 @@ class Parity:
         parts.append(f"end to end {self.end_to_end:.1e} (relative, RMS)")
         if self.divergence is not None and self.same_word is not None:
             parts.append(f"next words {self.divergence:.1e} nats apart, {self.same_word:.0%} the same")
+        if self.in_float:
+            parts.append(f"{len(self.in_float)} products in float (parity.json names them)")
+        if self.engine is not None:
+            parts.append(f"computed by {self.engine}")
         return "; ".join(parts)
 
 
@@ -152,7 +160,8 @@ def divergence(
 def _nats(reference: Tensor, other: Tensor) -> float:
     """Mean Kullback-Leibler divergence of log-probabilities (..., words)."""
     p, q = reference.double().log_softmax(dim=-1), other.double().log_softmax(dim=-1)
-    return float((p.exp() * (p - q)).sum(dim=-1).mean().clamp(min=0.0))
+    # with sum(p) = sum(q): no term is negative, so tiny differences do not cancel
+    return float((p.exp() * (torch.expm1(q - p) - (q - p))).sum(dim=-1).mean())
 
 
 def relative_rms(reference: Any, other: Any) -> float:

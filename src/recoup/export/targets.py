@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from recoup.engines import llama_cpp, onnxruntime, pytorch, transformers
+from recoup.engines import llama_cpp, onnx_standard, onnxruntime, pytorch, transformers
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
 from recoup.nn import Batch
@@ -71,6 +71,14 @@ TARGETS: dict[str, Target] = {
             size_bytes=onnxruntime.size_bytes,
             peak_bytes=onnxruntime.peak_bytes,
         ),
+    ),
+    "onnx-qdq": Target(
+        check=_of("onnx_qdq", "check_all"),
+        settle=_as_it_is,
+        write=_of("onnx_qdq", "write"),
+        verify=_of("onnx_qdq_parity", "verify"),
+        load=onnx_standard.StandardOnnx,
+        costs=partial(compare_sizes, size_bytes=onnxruntime.size_bytes, unmeasured=onnx_standard.UNMEASURED),
     ),
     "compressed-tensors": Target(
         check=_of("compressed_tensors", "check"),

@@ -1,5 +1,6 @@
 """What every target that traces a model asks of a batch and of the outputs."""
 
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,3 +59,27 @@ def first_two(batch: Batch) -> Batch:
 def positional(batch: Batch) -> tuple[Any, ...]:
     """A batch that is no mapping, as the arguments of a call."""
     return (batch,) if isinstance(batch, Tensor) else tuple(batch)
+
+
+def untraceable(model: nn.Module, error: BaseException) -> str:
+    """One line for a model that torch could not trace: which module it was in, and why.
+
+    Tracing runs the model, so the innermost of its modules whose call stands in a traceback is the one; where
+    an operator of the finished trace has no translation, the traceback has its node, which knows the module.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    inside, causes = "", [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for frame, _ in (step for cause in causes for step in traceback.walk_tb(cause.__traceback__)):
+        called, node = frame.f_locals.get("self"), frame.f_locals.get("node")
+        if id(called) in names:
+            inside = names[id(called)]
+        elif isinstance(node, torch.fx.Node) and node.meta.get("nn_module_stack"):
+            inside = list(node.meta["nn_module_stack"].values())[-1][0]
+    reason = next((line.strip() for line in str(causes[-1]).splitlines() if line.strip()), "no reason given")
+    where = f"{inside} ({type(model.get_submodule(inside)).__name__})" if inside else "the model"
+    return (
+        f"{where} cannot be traced: {type(causes[-1]).__name__}: {reason}; change that module, or choose a "
+        "target that does not trace (compressed-tensors, gguf)"
+    )

@@ -1,0 +1,362 @@
+"""Any lattice that ONNX has types for, in ONNX's own operators: QuantizeLinear and DequantizeLinear.
+
+    weights   codes in their own type -> DequantizeLinear, one scale for all, for a row, or for a block of one
+    inputs    static: QuantizeLinear -> DequantizeLinear with stored scales
+              dynamic, per token or in groups: amax / largest value, computed in nodes, then a blocked pair
+              dynamic, per tensor: DynamicQuantizeLinear -> DequantizeLinear
+
+    scales    as in the lattice                            where the file has them
+    float32   also float16's and bfloat16's                float32
+    E8M0      powers of two (MX)                           float8e8m0; of inputs by Cast, rounded up
+    E4M3      under one float32 (NVFP4)                    float8e4m3fn -> DequantizeLinear by the float32
+
+What follows is a product in float32. An engine that knows the pattern takes the pairs away and multiplies
+codes; one that does not computes what is written. A weight lies as it was trained, (out, in), so neighbours
+of a group are neighbours in the file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from torch import nn
+
+from recoup.export import onnx as writer
+from recoup.export.onnx_graph import Array, Graph
+from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, Codes, FakeQuantizer, is_coded
+from recoup.numerics import (
+    BFLOAT16,
+    E2M1,
+    E4M3,
+    E5M2,
+    E8M0,
+    FLOAT16,
+    FLOAT32,
+    ElementFormat,
+    IntFormat,
+    QuantSpec,
+)
+from recoup.schemes import Scheme
+
+_PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+_FLOATS: dict[ElementFormat, tuple[ir.DataType, Any]] = {
+    E4M3: (ir.DataType.FLOAT8E4M3FN, ml_dtypes.float8_e4m3fn),
+    E5M2: (ir.DataType.FLOAT8E5M2, ml_dtypes.float8_e5m2),
+    E2M1: (ir.DataType.FLOAT4E2M1, ml_dtypes.float4_e2m1fn),
+}
+_INTEGERS = {
+    (2, True): (ir.DataType.INT2, ml_dtypes.int2),
+    (2, False): (ir.DataType.UINT2, ml_dtypes.uint2),
+    (4, True): (ir.DataType.INT4, ml_dtypes.int4),
+    (4, False): (ir.DataType.UINT4, ml_dtypes.uint4),
+    (8, True): (ir.DataType.INT8, np.int8),
+    (8, False): (ir.DataType.UINT8, np.uint8),
+}
+# In which opset QuantizeLinear and DequantizeLinear got a type (onnx, docs/Changelog.md).
+_SINCE = {
+    ir.DataType.FLOAT4E2M1: 23,
+    ir.DataType.FLOAT8E8M0: 24,
+    ir.DataType.INT2: 25,
+    ir.DataType.UINT2: 25,
+}
+_ONNX_WITH = {23: "1.18", 24: "1.19", 25: "1.20"}
+_STORED_AS_FLOAT32 = (FLOAT32, FLOAT16, BFLOAT16)
+
+
+def stored_type(grid: ElementFormat) -> tuple[ir.DataType, Any]:
+    """ONNX's type for codes of this format, and NumPy's; integers lie in the next wider one there is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(grid, IntFormat):
+        return _INTEGERS[next(bits for bits in (2, 4, 8) if grid.bits <= bits), grid.signed]
+    if grid not in _FLOATS:
+        raise ValueError(f"ONNX has no type for {grid.name}")
+    return _FLOATS[grid]
+
+
+def check(path: str, scheme: Scheme, kind: type) -> None:
+    """Can ONNX's operators hold this scheme, and the installed package write it?
+
+    Raises:
+        ValueError: they cannot; names the module.
+    """
+    try:
+        _check_weights(scheme.weights)
+        if scheme.inputs is not None:
+            check_inputs(scheme.inputs, kind)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: scheme {scheme.name!r} has no form in ONNX: {error}; int2 to int8, fp8, mxfp8, mxfp4, "
+            "nvfp4 and their relatives do"
+        ) from None
+    _check_installed(path, scheme)
+
+
+def _check_weights(spec: QuantSpec) -> None:
+    stored_type(spec.format)
+    if spec.has_offset:
+        raise ValueError("DequantizeLinear has no offset in the units of the weight")
+    _check_scales(spec)
+
+
+def _check_scales(spec: QuantSpec) -> None:
+    if spec.global_scale != (spec.scale_format == E4M3) or spec.scale_format not in (
+        *(E4M3, E8M0),
+        *_STORED_AS_FLOAT32,
+    ):
+        beside = "under a global one" if spec.global_scale else "alone"
+        raise ValueError(f"scales in {spec.scale_format.name} {beside} have no form there")
+
+
+def check_inputs(spec: QuantSpec, kind: type) -> None:
+    """Have inputs of a module of this type a form in ONNX's operators?
+
+    Raises:
+        ValueError: they have none.
+    """
+    _, dtype = stored_type(spec.format)
+    if isinstance(spec.format, IntFormat) and (spec.format.bits, spec.format.narrow) != (8, False):
+        # rounds to codes that the narrower grid has not
+        raise ValueError(
+            f"QuantizeLinear has no {spec.format.name} inputs with {spec.format.hi:g} as largest"
+        )
+    if spec.has_offset:
+        raise ValueError("QuantizeLinear has no offset in the units of the input")
+    _check_scales(spec)
+    match (spec.granularity.rows, spec.granularity.columns, spec.ranges):
+        case (None, None, "static" | "learned") if spec.scale_format in _STORED_AS_FLOAT32:
+            return
+        case (None, None, "dynamic") if dtype is np.uint8 and not spec.symmetric and _float32(spec):
+            return
+        case (1, _, "dynamic") if spec.symmetric and not issubclass(kind, CodedConv):
+            rules = ("rceil", "pow2") if spec.scale_format == E8M0 else ("narrow",)
+            if spec.scale_rule in rules and (spec.scale_format in (E8M0, E4M3) or _float32(spec)):
+                return
+        case _:
+            pass
+    raise ValueError(f"inputs {spec} ({spec.scale_rule}, {spec.scale_format.name} scales) have no form there")
+
+
+def _float32(spec: QuantSpec) -> bool:
+    return spec.scale_format == FLOAT32
+
+
+def opset(*schemes: Scheme) -> int:
+    """The first opset that has every type of these schemes; 21 at least, which has blocks."""
+    types = {
+        kind
+        for scheme in schemes
+        for spec in (scheme.weights, scheme.inputs)
+        if spec is not None
+        for kind in (stored_type(spec.format)[0], *([ir.DataType.FLOAT8E8M0] * (spec.scale_format == E8M0)))
+    }
+    return max((_SINCE.get(kind, writer.OPSET) for kind in types), default=writer.OPSET)
+
+
+def _check_installed(path: str, scheme: Scheme) -> None:
+    import onnx
+
+    needed, known = opset(scheme), onnx.defs.onnx_opset_version()
+    if known < needed:
+        raise ValueError(
+            f"{path}: scheme {scheme.name!r} needs opset {needed}, and onnx {onnx.__version__} writes up to "
+            f"{known}: pip install 'onnx>={_ONNX_WITH[needed]}'"
+        )
+
+
+def check_all(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
+    """See `check`; of every module. What the model itself can be is found when it is traced."""
+    del model
+    for path, (scheme, kind) in modules.items():
+        check(path, scheme, kind)
+
+
+def write(model: nn.Module, folder: Path, example: Batch) -> None:
+    """Write `model` as folder/model.onnx, with these nodes for every quantized module.
+
+    Raises:
+        ValueError: see `onnx.write`.
+    """
+    schemes = [module.scheme for module in model.modules() if is_coded(module)]
+    nodes = {CodedLinear: linear, CodedConv: conv, CodedEmbedding: embedding}
+    writer.write(model, folder, example, lowering=nodes, opset=opset(*schemes))
+
+
+def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
+    """Y = Q(x) W^T + b."""
+    weight = g("Transpose", dequantized(g, module.weight), perm=[1, 0])
+    y = g("MatMul", inputs(g, module.scheme.inputs, module.input_quantizer, x, module.in_features), weight)
+    return y if module.bias is None else g("Add", y, _bias(g, module))
+
+
+def conv(g: Graph, module: CodedConv, x: ir.Value) -> ir.Value:
+    """The convolution, with its input's pair before any padding and its weight's DequantizeLinear at it."""
+    x = inputs(g, module.scheme.inputs, module.input_quantizer, x, None)
+    return convolved(g, module, x, dequantized(g, module.weight, module.kernel_size))
+
+
+def convolved(g: Graph, module: CodedConv, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """The padding and the sum of a convolution of floats, with its bias."""
+    # F.pad takes the last axis first, ONNX all beginnings and then all ends
+    begins, ends = (list(module.edges[side::2])[::-1] for side in (0, 1))
+    pads = [*begins, *ends]
+    if module.padding_mode != "zeros":
+        # batch and channels are axes of Pad too
+        everywhere = np.array([0, 0, *begins, 0, 0, *ends], np.int64)
+        x = g("Pad", x, g.initializer("pads", everywhere), mode=_PAD_MODES[module.padding_mode])
+        pads = [0] * len(pads)
+    return g(
+        "Conv",
+        x,
+        weight,
+        *([] if module.bias is None else [_bias(g, module)]),
+        kernel_shape=list(module.kernel_size),
+        strides=list(module.stride),
+        dilations=list(module.dilation),
+        group=module.groups,
+        pads=pads,
+    )
+
+
+def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
+    """The rows that are asked for."""
+    return g("Gather", dequantized(g, module.weight), ids, axis=0)
+
+
+def _bias(g: Graph, module: CodedLinear | CodedConv) -> ir.Value:
+    assert module.bias is not None
+    return g.initializer("bias", module.bias.detach().float().cpu().numpy())
+
+
+def dequantized(g: Graph, weight: Codes, kernel: tuple[int, ...] = ()) -> ir.Value:
+    """A weight as floats: (rows, columns), or with a kernel (rows, channels, *kernel)."""
+    codes, (rows, columns) = _codes(weight), weight.codes.shape
+    bands, blocks = weight.scale.shape
+    by_row = bands in (1, rows) and blocks == 1
+    shape = (rows, -1, *kernel)
+    stored = g.initializer("codes", codes.reshape(shape) if by_row and kernel else codes)
+    scale = _stored_scale(g, weight, [] if by_row and bands == 1 else [-1] if by_row else [bands, blocks])
+    zero_point = None
+    if weight.zero_point is not None:
+        zeros = weight.zero_point.cpu().numpy().astype(codes.dtype)
+        zero_point = g.initializer("zero_point", zeros if not by_row else zeros.reshape(-1))
+    if by_row:
+        return _dequantize(g, stored, scale, zero_point, **({} if bands == 1 else {"axis": 0}))
+    if bands != rows:  # a band of rows shares its scales
+        band = g.initializer("bands", np.arange(rows, dtype=np.int64) // (rows // bands))
+        scale = g("Gather", scale, band, axis=0)
+        zero_point = None if zero_point is None else g("Gather", zero_point, band, axis=0)
+    matrix = _dequantize(g, stored, scale, zero_point, axis=1, block_size=columns // blocks)
+    return g("Reshape", matrix, g.initializer("shape", np.array(shape, np.int64))) if kernel else matrix
+
+
+def _codes(weight: Codes) -> Array:
+    """The codes in NumPy's type for ONNX's; a float's code is its bit pattern already."""
+    _, dtype = stored_type(weight.spec.format)
+    codes = weight.codes.cpu().numpy()
+    return codes.astype(dtype) if isinstance(weight.spec.format, IntFormat) else codes.view(dtype)
+
+
+def _stored_scale(g: Graph, weight: Codes, shape: list[int]) -> ir.Value:
+    scale = weight.scale.cpu().numpy().reshape(shape)
+    if weight.global_scale is not None:
+        small = g.initializer("scale", scale.astype(ml_dtypes.float8_e4m3fn))
+        return _dequantize(
+            g, small, g.initializer("global_scale", weight.global_scale.cpu().numpy().reshape(()))
+        )
+    if weight.spec.scale_format == E8M0:
+        return g.initializer("scale", scale.astype(ml_dtypes.float8_e8m0fnu))
+    return g.initializer("scale", scale)
+
+
+def _dequantize(
+    g: Graph, codes: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, **attributes: int
+) -> ir.Value:
+    """To float32, also where the scales have a narrower type."""
+    if _is_e8m0(scale):
+        attributes["output_dtype"] = int(ir.DataType.FLOAT)
+    given = [codes, scale] if zero_point is None else [codes, scale, zero_point]
+    return g("DequantizeLinear", *given, **attributes)
+
+
+def _is_e8m0(scale: ir.Value) -> bool:
+    stored = scale.const_value
+    if stored is not None:
+        return stored.dtype == ir.DataType.FLOAT8E8M0
+    node = scale.producer()
+    assert node is not None
+    if node.op_type == "Gather":
+        source = node.inputs[0]
+        assert source is not None
+        return _is_e8m0(source)
+    return node.op_type == "Cast" and node.attributes["to"].as_int() == int(ir.DataType.FLOAT8E8M0)
+
+
+def inputs(
+    g: Graph, spec: QuantSpec | None, quantizer: nn.Module, x: ir.Value, features: int | None
+) -> ir.Value:
+    """X on the lattice of its quantizer, as floats.
+
+    Args:
+        g: where the nodes go.
+        spec: of the inputs; None leaves them as they are.
+        quantizer: holds the scales that are stored.
+        x: (..., features).
+        features: None where only one scale for all is possible.
+    """
+    if spec is None:
+        return x
+    assert isinstance(quantizer, FakeQuantizer)
+    if spec.ranges != "dynamic":
+        return _static(g, quantizer, x)
+    if spec.granularity.rows is None:
+        codes, scale, zero = g.several("DynamicQuantizeLinear", x, outputs=3)
+        return _dequantize(g, codes, scale, zero)
+    assert features is not None
+    group = spec.granularity.columns or features
+    scale = _dynamic_scale(g, spec, quantizer, x, features // group, group)
+    kind, _ = stored_type(spec.format)
+    codes = g("QuantizeLinear", x, scale, axis=-1, block_size=group, output_dtype=int(kind))
+    return _dequantize(g, codes, scale, axis=-1, block_size=group)
+
+
+def _static(g: Graph, quantizer: FakeQuantizer, x: ir.Value) -> ir.Value:
+    qparams = quantizer.stored_qparams
+    zero_point = 0 if qparams.zero_point is None else int(qparams.zero_point)
+    _, dtype = stored_type(quantizer.spec.format)
+    scale = g.initializer("input_scale", np.array(float(qparams.scale.detach()), np.float32))
+    zero = g.initializer("input_zero_point", np.array(zero_point, np.float32).astype(dtype))
+    return _dequantize(g, g("QuantizeLinear", x, scale, zero), scale, zero)
+
+
+def _dynamic_scale(
+    g: Graph, spec: QuantSpec, quantizer: FakeQuantizer, x: ir.Value, blocks: int, group: int
+) -> ir.Value:
+    """The scale of every block of a token: amax / hi on the grid of scales, or 1 for a block of zeros."""
+
+    def number(name: str, value: float) -> ir.Value:
+        return g.initializer(f"input_{name}", np.array(value, np.float32))
+
+    last = g.initializer("input_axis", np.array([-1], np.int64))
+    magnitude = g("Abs", x)
+    if blocks > 1:
+        tail = g.initializer("input_blocks", np.array([blocks, group], np.int64))
+        magnitude = g("Reshape", magnitude, g("Concat", g("Shape", x, start=0, end=-1), tail, axis=0))
+    amax = g("ReduceMax", magnitude, last, keepdims=int(blocks == 1))
+    scale = g("Div", amax, number("hi", spec.format.hi))
+    one, empty = number("one", 1.0), g("Equal", amax, number("zero", 0.0))
+    if spec.global_scale:
+        assert quantizer.global_scale is not None
+        over_all = number("global_scale", float(quantizer.global_scale))
+        least = number("floor", spec.scale_format.floor)
+        scale = g("Where", empty, one, g("Max", g("Div", scale, over_all), least))
+        return _dequantize(g, g("Cast", scale, to=int(ir.DataType.FLOAT8E4M3FN)), over_all)
+    scale = g("Where", empty, one, scale)
+    if spec.scale_format == E8M0:
+        return g("Cast", scale, to=int(ir.DataType.FLOAT8E8M0), round_mode="up")
+    return scale

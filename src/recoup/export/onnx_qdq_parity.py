@@ -1,0 +1,32 @@
+"""Is a file of ONNX's own operators what was trained, valid, and placed as TensorRT fuses it?"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+
+from recoup.engines.onnx_standard import StandardOnnx
+from recoup.export.onnx import FILE
+from recoup.export.onnx_parity import compared
+from recoup.export.parity import Parity, ParityError
+from recoup.nn import Batch
+
+
+@torch.no_grad()
+def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
+    """Compare folder/model.onnx with the converted model it was written from.
+
+    `onnx.checker` finds it valid, with shapes; for the rest see `onnx_parity.verify`, with the operators
+    computed as they are defined (`StandardOnnx`).
+
+    Raises:
+        ParityError: one of these does not hold; names it.
+    """
+    try:
+        onnx.checker.check_model(folder / FILE, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ParityError(f"the file is no valid ONNX: {str(error).splitlines()[0]}") from None
+    engine = StandardOnnx(folder).engine
+    return replace(compared(model, folder, example, StandardOnnx, engine), engine=engine)
