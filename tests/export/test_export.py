@@ -350,7 +350,7 @@ def test_classes_of_a_model_with_logits_are_compared(target: str, scheme: str, t
 
 
 def test_what_multiplies_floats_is_named_by_node(chain: Exported) -> None:
-    found = chain.parity.in_float
+    found = chain.parity.falls_back
     assert found is not None
     assert set(found.values()) == {
         "MatMulNBits of floats: codes are made float in the kernel, inputs are float32",
@@ -360,8 +360,8 @@ def test_what_multiplies_floats_is_named_by_node(chain: Exported) -> None:
     }
     nodes = {node.name for node in chain.file.graph.node}
     assert set(found) <= nodes
-    assert json.loads((chain.folder / "parity.json").read_text())["in_float"] == found
-    assert "4 products in float (parity.json names them)" in str(chain.parity)
+    assert json.loads((chain.folder / "parity.json").read_text())["falls_back"] == found
+    assert "4 nodes fall back to floats (parity.json names them)" in str(chain.parity)
 
 
 def test_a_transformers_model_with_quantized_embeddings(tmp_path: Path) -> None:

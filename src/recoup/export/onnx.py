@@ -103,7 +103,7 @@ def write(
         nodes = onnx_graph.Graph(path, graph.initializers)
         closed_input, closed_output = node.inputs[0], node.outputs[0]
         assert closed_input is not None
-        lower = next(nodes_of for kind, nodes_of in lowering.items() if isinstance(coded[path], kind))
+        lower: Any = next(nodes_of for kind, nodes_of in lowering.items() if isinstance(coded[path], kind))
         output = lower(nodes, coded[path], closed_input)
         output.dtype, output.shape = closed_output.dtype, closed_output.shape
         ir.convenience.replace_nodes_and_values(

@@ -46,7 +46,7 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
         ParityError: one of these does not hold; names it.
     """
     parity = compared(model, folder, example, OnnxModel, "onnxruntime")
-    return replace(parity, in_float=in_float(onnx.load(folder / FILE, load_external_data=False)))
+    return replace(parity, falls_back=in_float(onnx.load(folder / FILE, load_external_data=False)))
 
 
 def compared(

@@ -2,7 +2,7 @@
 
     weights   codes in their own type -> DequantizeLinear, one scale for all, for a row, or for a block of one
     inputs    static: QuantizeLinear -> DequantizeLinear with stored scales
-              dynamic, per token or in groups: amax / largest value, computed in nodes, then a blocked pair
+              dynamic, per token or in groups: amax / largest value in nodes, then Div, the pair, Mul
               dynamic, per tensor: DynamicQuantizeLinear -> DequantizeLinear
 
     scales    as in the lattice                            where the file has them
@@ -245,8 +245,10 @@ def dequantized(g: Graph, weight: Codes, kernel: tuple[int, ...] = ()) -> ir.Val
     if weight.zero_point is not None:
         zeros = weight.zero_point.cpu().numpy().astype(codes.dtype)
         zero_point = g.initializer("zero_point", zeros if not by_row else zeros.reshape(-1))
+    if by_row and bands == 1:
+        return _dequantize(g, stored, scale, zero_point)
     if by_row:
-        return _dequantize(g, stored, scale, zero_point, **({} if bands == 1 else {"axis": 0}))
+        return _dequantize(g, stored, scale, zero_point, axis=0)
     if bands != rows:  # a band of rows shares its scales
         band = g.initializer("bands", np.arange(rows, dtype=np.int64) // (rows // bands))
         scale = g("Gather", scale, band, axis=0)
@@ -281,7 +283,7 @@ def _dequantize(
     if _is_e8m0(scale):
         attributes["output_dtype"] = int(ir.DataType.FLOAT)
     given = [codes, scale] if zero_point is None else [codes, scale, zero_point]
-    return g("DequantizeLinear", *given, **attributes)
+    return g("DequantizeLinear", *given, domain="", **attributes)
 
 
 def _is_e8m0(scale: ir.Value) -> bool:
@@ -319,10 +321,21 @@ def inputs(
         return _dequantize(g, codes, scale, zero)
     assert features is not None
     group = spec.granularity.columns or features
-    scale = _dynamic_scale(g, spec, quantizer, x, features // group, group)
-    kind, _ = stored_type(spec.format)
-    codes = g("QuantizeLinear", x, scale, axis=-1, block_size=group, output_dtype=int(kind))
-    return _dequantize(g, codes, scale, axis=-1, block_size=group)
+    blocks = features // group
+    kind, dtype = stored_type(spec.format)
+    if spec.scale_format in (E8M0, E4M3):
+        scale = _dynamic_scale(g, spec, quantizer, _blocked(g, x, blocks, group), keepdims=blocks == 1)
+        codes = g("QuantizeLinear", x, scale, axis=-1, block_size=group, output_dtype=int(kind))
+        return _dequantize(g, codes, scale, axis=-1, block_size=group)
+    # The same values by a division and a product around a pair of scale 1: OpenVINO has no blocked
+    # DequantizeLinear where a batch is free.
+    cut = _blocked(g, x, blocks, group)
+    scale = _dynamic_scale(g, spec, quantizer, cut, keepdims=True)
+    unit = g.initializer("input_unit", np.array(1, np.float32))
+    zero = g.initializer("input_zero_point", np.zeros((), dtype))
+    codes = g("QuantizeLinear", g("Div", cut, scale), unit, zero)
+    y = g("Mul", _dequantize(g, codes, unit, zero), scale)
+    return y if blocks == 1 else g("Reshape", y, g("Shape", x))
 
 
 def _static(g: Graph, quantizer: FakeQuantizer, x: ir.Value) -> ir.Value:
@@ -334,20 +347,24 @@ def _static(g: Graph, quantizer: FakeQuantizer, x: ir.Value) -> ir.Value:
     return _dequantize(g, g("QuantizeLinear", x, scale, zero), scale, zero)
 
 
+def _blocked(g: Graph, x: ir.Value, blocks: int, group: int) -> ir.Value:
+    """(..., features) as (..., blocks, group); as it is where a token is one block."""
+    if blocks == 1:
+        return x
+    tail = g.initializer("input_blocks", np.array([blocks, group], np.int64))
+    return g("Reshape", x, g("Concat", g("Shape", x, start=0, end=-1), tail, axis=0))
+
+
 def _dynamic_scale(
-    g: Graph, spec: QuantSpec, quantizer: FakeQuantizer, x: ir.Value, blocks: int, group: int
+    g: Graph, spec: QuantSpec, quantizer: FakeQuantizer, cut: ir.Value, *, keepdims: bool
 ) -> ir.Value:
-    """The scale of every block of a token: amax / hi on the grid of scales, or 1 for a block of zeros."""
+    """The scale of every block, amax / hi on the grid of scales, or 1 for a block of zeros."""
 
     def number(name: str, value: float) -> ir.Value:
         return g.initializer(f"input_{name}", np.array(value, np.float32))
 
     last = g.initializer("input_axis", np.array([-1], np.int64))
-    magnitude = g("Abs", x)
-    if blocks > 1:
-        tail = g.initializer("input_blocks", np.array([blocks, group], np.int64))
-        magnitude = g("Reshape", magnitude, g("Concat", g("Shape", x, start=0, end=-1), tail, axis=0))
-    amax = g("ReduceMax", magnitude, last, keepdims=int(blocks == 1))
+    amax = g("ReduceMax", g("Abs", cut), last, keepdims=int(keepdims))
     scale = g("Div", amax, number("hi", spec.format.hi))
     one, empty = number("one", 1.0), g("Equal", amax, number("zero", 0.0))
     if spec.global_scale:

@@ -10,6 +10,7 @@ from torch import nn
 from recoup.engines.onnx_standard import StandardOnnx
 from recoup.export.onnx import FILE
 from recoup.export.onnx_parity import compared
+from recoup.export.onnx_placement import violations
 from recoup.export.parity import Parity, ParityError
 from recoup.nn import Batch
 
@@ -19,7 +20,8 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     """Compare folder/model.onnx with the converted model it was written from.
 
     `onnx.checker` finds it valid, with shapes; for the rest see `onnx_parity.verify`, with the operators
-    computed as they are defined (`StandardOnnx`).
+    computed as they are defined (`StandardOnnx`). Which nodes TensorRT would not fuse is no error: they are
+    named in `falls_back`, each with the rule (`onnx_placement.RULES`).
 
     Raises:
         ParityError: one of these does not hold; names it.
@@ -29,4 +31,5 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ParityError(f"the file is no valid ONNX: {str(error).splitlines()[0]}") from None
     engine = StandardOnnx(folder).engine
-    return replace(compared(model, folder, example, StandardOnnx, engine), engine=engine)
+    found = compared(model, folder, example, StandardOnnx, engine)
+    return replace(found, engine=engine, falls_back=violations(onnx.load(folder / FILE)))

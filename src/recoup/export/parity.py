@@ -45,7 +45,7 @@ class Parity:
             word (or class) from the trained model's, in nats; None where it is not asked.
         same_word: the share of places where both find the same word or class most likely; None likewise.
         engine: what computed it, where that is not the engine that the target is named for.
-        in_float: what is not multiplied in codes, by node or module: what it falls back to, and why.
+        falls_back: what is not multiplied in codes, by node or module: what it falls back to, and why.
     """
 
     modules: int
@@ -56,7 +56,7 @@ class Parity:
     divergence: float | None = None
     same_word: float | None = None
     engine: str | None = None
-    in_float: Mapping[str, str] | None = None
+    falls_back: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -72,8 +72,8 @@ class Parity:
         parts.append(f"end to end {self.end_to_end:.1e} (relative, RMS)")
         if self.divergence is not None and self.same_word is not None:
             parts.append(f"next words {self.divergence:.1e} nats apart, {self.same_word:.0%} the same")
-        if self.in_float:
-            parts.append(f"{len(self.in_float)} products in float (parity.json names them)")
+        if self.falls_back:
+            parts.append(f"{len(self.falls_back)} nodes fall back to floats (parity.json names them)")
         if self.engine is not None:
             parts.append(f"computed by {self.engine}")
         return "; ".join(parts)

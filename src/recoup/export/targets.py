@@ -74,7 +74,7 @@ TARGETS: dict[str, Target] = {
     ),
     "onnx-qdq": Target(
         check=_of("onnx_qdq", "check_all"),
-        settle=_as_it_is,
+        settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
         verify=_of("onnx_qdq_parity", "verify"),
         load=onnx_standard.StandardOnnx,

@@ -1,0 +1,60 @@
+"""One scale for a tensor and its views, before anything is measured or trained.
+
+Where one tensor goes into two convolutions, into one through a concat or a max pool, each has calibrated a
+range of its own. TensorRT would round it twice; with one scale it rounds it once. So the widest range of them
+becomes the range of all, and what is trained is what is fused. See `onnx_placement.shared`.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from recoup.convert import convert
+from recoup.export import onnx as writer
+from recoup.export.onnx_placement import Wires, shared
+from recoup.export.onnx_qdq import write
+from recoup.nn import FakeQuantizer, is_prepared
+
+
+@torch.no_grad()
+def share_input_scales(model: nn.Module) -> nn.Module:
+    """Give inputs that TensorRT rounds together one scale, the largest; in place, returns the model.
+
+    Changes no weight. Learned scales, which would part in training, are left as they are.
+
+    Args:
+        model: prepared and calibrated; it is traced with the batch that `calibrate` saw first.
+
+    Raises:
+        ValueError: the model cannot be traced.
+    """
+    fixed: dict[str, FakeQuantizer] = {}
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "input_quantizer", None)
+        if not (is_prepared(module) and isinstance(quantizer, FakeQuantizer)):
+            continue
+        if quantizer.spec.ranges == "static" and quantizer.spec.symmetric:
+            fixed[name] = quantizer
+    if len(fixed) < 2:
+        return model
+    example: Any = getattr(model, "recoup_example", None)
+    if example is None:
+        raise ValueError("onnx-qdq: sharing scales traces the model with a batch; run recoup.calibrate first")
+    converted = convert(copy.deepcopy(model, {id(p): p for p in model.parameters()})).eval()
+    with tempfile.TemporaryDirectory() as temporary:
+        write(converted, Path(temporary), example)
+        wires = Wires(onnx.load(Path(temporary) / writer.FILE))
+    for group in shared(wires):
+        paths = {node.input[1].removesuffix(".input_scale") for node in group}
+        quantizers = [fixed[path] for path in sorted(paths) if path in fixed]
+        for spec in {quantizer.spec for quantizer in quantizers}:
+            alike = [quantizer for quantizer in quantizers if quantizer.spec == spec]
+            widest = max(alike, key=lambda quantizer: float(quantizer.stored_qparams.scale))
+            for quantizer in alike:
+                quantizer.keep(widest.stored_qparams)
+    return model
