@@ -60,10 +60,10 @@ class Skip(nn.Module):
 
 
 def exported(
-    model: nn.Module, scheme: Scheme | str, folder: Path, *, fused: bool = True, settled: bool = True
+    kind: type[nn.Module], scheme: Scheme | str, folder: Path, *, fused: bool = True, settled: bool = True
 ) -> tuple[onnx.ModelProto, Parity, nn.Module]:
     torch.manual_seed(0)
-    model.eval()
+    model = kind().eval()
     images = torch.randn(4, 3, 8, 8)
     if fused:
         fuse(model, images)
@@ -77,12 +77,12 @@ def exported(
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[onnx.ModelProto, Parity, nn.Module]:
-    return exported(Dense(), "w8a8-static", tmp_path_factory.mktemp("dense") / "out")
+    return exported(Dense, "w8a8-static", tmp_path_factory.mktemp("dense") / "out")
 
 
 @pytest.fixture(scope="module")
 def skip(tmp_path_factory: pytest.TempPathFactory) -> tuple[onnx.ModelProto, Parity, nn.Module]:
-    return exported(Skip(), "w8a8-static", tmp_path_factory.mktemp("skip") / "out")
+    return exported(Skip, "w8a8-static", tmp_path_factory.mktemp("skip") / "out")
 
 
 def test_a_settled_network_with_concat_pools_and_reshape_breaks_no_rule(
@@ -111,12 +111,12 @@ def test_what_went_around_is_rounded_with_one_scale_in_training_and_in_the_file(
 def test_the_largest_scale_is_the_one_of_all(
     dense: tuple[onnx.ModelProto, Parity, nn.Module], tmp_path: Path
 ) -> None:
-    _, parity, alone = exported(Dense(), "w8a8-static", tmp_path / "out", settled=False)
+    _, parity, alone = exported(Dense, "w8a8-static", tmp_path / "out", settled=False)
     scales = [
         float(alone.get_submodule(name).input_quantizer.scale) for name in ("first", "second", "pooled")
     ]
     assert scales[0] < max(scales)
-    assert float(dense[2].first.input_quantizer.scale) == pytest.approx(max(scales), rel=0.5)
+    assert float(dense[2].first.input_quantizer.scale) == max(scales)
     assert parity.falls_back is not None
     assert len(parity.falls_back) == 3
     for line in parity.falls_back.values():
@@ -142,7 +142,7 @@ def test_a_residual_in_float_is_named_with_what_it_costs(
 
 
 def test_a_batch_norm_behind_codes_is_named(tmp_path: Path) -> None:
-    file, parity, _ = exported(Skip(), "w8a8-static", tmp_path / "out", fused=False)
+    file, parity, _ = exported(Skip, "w8a8-static", tmp_path / "out", fused=False)
     norms = {node.name for node in file.graph.node if node.op_type == "BatchNormalization"}
     assert parity.falls_back is not None
     assert len(norms) == 2
@@ -162,13 +162,13 @@ OTHERS = {
 def test_lattices_that_tensorrt_has_not_are_named(
     scheme: Scheme | str, node: str, found: str, tmp_path: Path
 ) -> None:
-    _, parity, _ = exported(Dense(), scheme, tmp_path / "out")
+    _, parity, _ = exported(Dense, scheme, tmp_path / "out")
     assert parity.falls_back is not None
     assert any(line.startswith(node) and found in line for line in parity.falls_back.values())
 
 
 def test_e4m3_with_one_scale_is_placed_alike(tmp_path: Path) -> None:
-    _, parity, _ = exported(Dense(), "fp8-static", tmp_path / "out")
+    _, parity, _ = exported(Dense, "fp8-static", tmp_path / "out")
     assert parity.falls_back == {}
 
 
@@ -233,10 +233,8 @@ def test_learned_scales_are_not_shared(tmp_path: Path) -> None:
     static = PRESETS["w8a8-static"]
     assert static.inputs is not None
     scheme = replace(static, name="learned", inputs=replace(static.inputs, ranges="learned"))
-    _, parity, model = exported(Dense(), scheme, tmp_path / "out")
-    scales = {
-        float(model.get_submodule(name).input_quantizer.scale) for name in ("first", "second", "pooled")
-    }
-    assert len(scales) > 1
+    _, parity, model = exported(Dense, scheme, tmp_path / "out")
+    quantizers = [model.get_submodule(name).input_quantizer for name in ("first", "second", "pooled")]
+    assert len({quantizer.scale.detach().item() for quantizer in quantizers}) > 1
     assert parity.falls_back is not None
     assert sum("shared-scale" in line for line in parity.falls_back.values()) == 3
