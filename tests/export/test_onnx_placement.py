@@ -138,7 +138,7 @@ def test_a_residual_in_float_is_named_with_what_it_costs(
         "residual: the residual input of a sum is quantized, or the fused convolution writes floats" in line
     )
     assert line.endswith("recommendation 4)")
-    assert "1 nodes fall back to floats (parity.json names them)" in str(parity)
+    assert "in floats: 1 (parity.json names them)" in str(parity)
 
 
 def test_a_batch_norm_behind_codes_is_named(tmp_path: Path) -> None:

@@ -74,8 +74,9 @@ def export(
     Args:
         model: prepared and calibrated, or converted.
         folder: must not exist, or be empty.
-        target: "onnx", a file for onnxruntime; "compressed-tensors", a folder for transformers and vLLM;
-            "pytorch", a program of torch.export; or "gguf", a file for llama.cpp.
+        target: "onnx", a file for onnxruntime; "onnx-qdq", one of ONNX's own operators, as for TensorRT;
+            "compressed-tensors", a folder for transformers and vLLM; "pytorch", a program of torch.export;
+            or "gguf", a file for llama.cpp.
         processor: a tokenizer or image processor to `save_pretrained` into the folder; by default copied
             from the model's own folder where it has one.
         example: one batch, to trace and compare with; by default the first that `calibrate` saw, or the
@@ -94,7 +95,7 @@ def export(
         raise ValueError(f"{folder}: exists and is not empty; choose another folder, or remove it")
     example = moved(_example(model) if example is None else example, torch.device("cpu"))
     with torch.no_grad():
-        coded = _converted_copy(model)
+        coded = converted_copy(model)
     _check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)}, target)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -112,7 +113,7 @@ def export(
     return parity
 
 
-def _converted_copy(model: nn.Module) -> nn.Module:
+def converted_copy(model: nn.Module) -> nn.Module:
     """A converted model that shares every float Parameter with this one, on the CPU and in eval mode."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     duplicate = copy.deepcopy(model, shared).eval()

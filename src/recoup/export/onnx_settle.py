@@ -5,7 +5,6 @@ range of its own. TensorRT would round it twice; with one scale it rounds it onc
 becomes the range of all, and what is trained is what is fused. See `onnx_placement.shared`.
 """
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import onnx
 import torch
 from torch import nn
 
-from recoup.convert import convert
 from recoup.export import onnx as writer
+from recoup.export.export import converted_copy
 from recoup.export.onnx_placement import Wires, shared
 from recoup.export.onnx_qdq import write
-from recoup.nn import FakeQuantizer, is_prepared
+from recoup.nn import FakeQuantizer, is_prepared, moved
 
 
 @torch.no_grad()
@@ -45,9 +44,8 @@ def share_input_scales(model: nn.Module) -> nn.Module:
     example: Any = getattr(model, "recoup_example", None)
     if example is None:
         raise ValueError("onnx-qdq: sharing scales traces the model with a batch; run recoup.calibrate first")
-    converted = convert(copy.deepcopy(model, {id(p): p for p in model.parameters()})).eval()
     with tempfile.TemporaryDirectory() as temporary:
-        write(converted, Path(temporary), example)
+        write(converted_copy(model), Path(temporary), moved(example, torch.device("cpu")))
         wires = Wires(onnx.load(Path(temporary) / writer.FILE))
     for group in shared(wires):
         paths = {node.input[1].removesuffix(".input_scale") for node in group}

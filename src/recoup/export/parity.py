@@ -73,7 +73,7 @@ class Parity:
         if self.divergence is not None and self.same_word is not None:
             parts.append(f"next words {self.divergence:.1e} nats apart, {self.same_word:.0%} the same")
         if self.falls_back:
-            parts.append(f"{len(self.falls_back)} nodes fall back to floats (parity.json names them)")
+            parts.append(f"in floats: {len(self.falls_back)} (parity.json names them)")
         if self.engine is not None:
             parts.append(f"computed by {self.engine}")
         return "; ".join(parts)
