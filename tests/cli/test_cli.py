@@ -292,7 +292,7 @@ WRONG: dict[str, tuple[Callable[[Fields], Any], list[str], str]] = {
     "no gates": (lambda r: r.update(gates=[]), [], "the recipe has no gates"),
     "a gate on nothing": (
         lambda r: r.update(gates=[{"metric": "acuracy", "max_decrease": "2%"}]), [], "'acuracy' asked"),
-    "a scheme without a kernel": (lambda r: r.update(scheme="fp8"), [], "does not run in onnxruntime"),
+    "a scheme without a kernel": (lambda r: r.update(scheme="mxfp8"), [], "does not run in onnxruntime"),
     "no task": (lambda r: r.pop("task"), [], "the recipe has no task"),
     "an unknown task": (lambda r: r["task"].update(name="sentence"), [], "no task 'sentence'; did you mean"),
     "an empty dataset": (lambda r: Path("train.jsonl").write_text(""), [], "train.jsonl"),

@@ -283,6 +283,19 @@ def test_the_report_goes_elsewhere_too(real: dict[str, Any], tmp_path: Path) -> 
     assert (tmp_path / "deep" / "report.html").read_text() == (real["folder"] / "report.html").read_text()
 
 
+def test_a_lattice_without_a_cpu_engine_goes_up_the_ladder_and_is_labelled(
+    model: Classifier, tmp_path: Path
+) -> None:
+    given = recipe("mxfp4", export={"target": "onnx-qdq"}, rungs=["rtn"])
+    result = climbed(model, tmp_path / "run", scripted(100, 99, 98), given)
+    assert (result.outcome, result.rung) == ("passed", "rtn")
+    found = run_json(tmp_path / "run")
+    assert "latency_seconds" not in found["artefact"] or found["artefact"]["latency_seconds"] is None
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "computed by onnx.reference (no CPU engine)" in report
+    assert "no engine for such a file is installed on a CPU" in report
+
+
 # --- what is refused, and what an interruption leaves ---------------------------------------------------
 
 
@@ -290,7 +303,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(model: Classif
     cases: list[tuple[Recipe, dict[str, Any], str]] = [
         (recipe(gates=[]), {}, "the recipe has no gates, so nothing could pass"),
         (recipe(), {"train": batches(1)}, "the rung qat needs at least 2 training batches"),
-        (recipe("fp8"), {}, r"up: scheme 'fp8' does not run in onnxruntime"),
+        (recipe("mxfp8"), {}, r"up: scheme 'mxfp8' does not run in onnxruntime"),
         (recipe("w4a16-g24"), {}, "32 columns cannot be cut into groups of 24"),
         (recipe(export={"target": "onyx"}), {}, "no export target 'onyx'; did you mean 'onnx'"),
         (recipe(export={"to": "."}), {}, "export.to: '.' is where the run itself lies"),
