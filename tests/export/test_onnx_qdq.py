@@ -58,25 +58,32 @@ NAMES = (
 RUN = {scheme.name: scheme for scheme in (*map(preset, NAMES), *_own())}
 SCHEMES = RUN | {name: PRESETS[name] for name in WITHOUT_ENGINE}
 EMBEDDINGS = ("w8a16", "w4a16", "w2a16", "uint4-affine", "e5m2")
+CONVOLUTIONS = ("w8a16", "w4a16", "uint4-affine", "tensor", "w8a8-static", "w8a8-ort-static", "fp8-static")
+CHANNELS, KERNEL = 8, 2  # an output sums over 32 products, which groups divide
 
 
 class Branches(nn.Module):
     """Every scheme that one engine or none computes, on the same inputs."""
 
-    def __init__(self, names: tuple[str, ...], tables: tuple[str, ...]) -> None:
+    def __init__(
+        self, names: tuple[str, ...], tables: tuple[str, ...], convolutions: tuple[str, ...]
+    ) -> None:
         super().__init__()
+        self.conv = nn.ModuleDict({name: nn.Conv2d(CHANNELS, 4, KERNEL) for name in convolutions})
         self.linear = nn.ModuleDict({name: nn.Linear(WIDTH, FEATURES) for name in names})
         self.table = nn.ModuleDict({name: nn.Embedding(WORDS, WIDTH) for name in tables})
 
-    def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, ids: Tensor, image: Tensor) -> dict[str, Tensor]:
         found = {name: linear(x) for name, linear in self.linear.items()}
+        found |= {f"conv-{name}": conv(image) for name, conv in self.conv.items()}
         return found | {f"table-{name}": table(ids) for name, table in self.table.items()}
 
 
 def batch(samples: int, tokens: int) -> dict[str, Tensor]:
     x = torch.randn(samples, tokens, WIDTH)
     x[0, 0] = 0.0  # a token, and its blocks, of nothing
-    return {"x": x, "ids": torch.randint(0, WORDS, (samples, tokens))}
+    image = torch.randn(samples, CHANNELS, 5, 4)
+    return {"x": x, "ids": torch.randint(0, WORDS, (samples, tokens)), "image": image}
 
 
 def made(model: nn.Module, rules: dict[str, Scheme | str], folder: Path, example: object) -> Exported:
@@ -88,15 +95,19 @@ def made(model: nn.Module, rules: dict[str, Scheme | str], folder: Path, example
 @pytest.fixture(scope="module", params=[True, False], ids=["onnxruntime", "reference"])
 def branches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch.manual_seed(0)
-    names, tables = (tuple(RUN), EMBEDDINGS) if request.param else (WITHOUT_ENGINE, ("mxfp4a16", "nvfp4a16"))
+    tables = EMBEDDINGS if request.param else ("mxfp4a16", "nvfp4a16")
+    names, convolutions = (tuple(RUN), CONVOLUTIONS) if request.param else (WITHOUT_ENGINE, tables)
     rules: dict[str, Scheme | str] = {f"linear.{name}": SCHEMES[name] for name in names}
     rules |= {f"table.{name}": SCHEMES[name] for name in tables}
-    return made(Branches(names, tables), rules, tmp_path_factory.mktemp("qdq") / "out", batch(2, 3))
+    rules |= {f"conv.{name}": SCHEMES[name] for name in convolutions}
+    return made(
+        Branches(names, tables, convolutions), rules, tmp_path_factory.mktemp("qdq") / "out", batch(2, 3)
+    )
 
 
 def test_every_module_is_proved_and_the_engine_is_named(branches: Exported) -> None:
-    linears, tables = branches.model.linear, branches.model.table
-    assert branches.parity.modules == len(linears) + len(tables)
+    linears = branches.model.linear
+    assert branches.parity.modules == len(linears) + len(branches.model.table) + len(branches.model.conv)
     assert branches.parity.engine == (NO_ENGINE if "nvfp4" in linears else FUSED_OFF)
     assert json.loads((branches.folder / "parity.json").read_text())["engine"] == branches.parity.engine
     assert f"computed by {branches.parity.engine}" in str(branches.parity)
@@ -118,6 +129,16 @@ def test_the_operators_compute_the_prepared_model(branches: Exported, shape: tup
             seen, weight = layer.input_quantizer(given["x"]).double(), layer.weight_quantizer(layer.weight)
             bound = 2 * (WIDTH + 8) * U * (seen.abs() @ weight.double().abs().T + layer.bias.abs().double())
             assert ((found[name].double() - prepared[name].double()).abs() <= bound).all(), name
+        for name, layer in branches.model.conv.items():
+            seen, weight = (
+                layer.input_quantizer(given["image"]).double(),
+                layer.weight_quantizer(layer.weight),
+            )
+            bias = layer.bias.abs().double()
+            magnitude = nn.functional.conv2d(seen.abs(), weight.double().abs(), bias)
+            bound = 2 * (CHANNELS * KERNEL**2 + 8) * U * magnitude
+            difference = found[f"conv-{name}"].double() - prepared[f"conv-{name}"].double()
+            assert (difference.abs() <= bound).all(), name
         for name in branches.model.table:
             assert torch.equal(found[f"table-{name}"], prepared[f"table-{name}"]), name
 

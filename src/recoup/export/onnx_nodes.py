@@ -65,7 +65,7 @@ def _elsewhere(path: str, scheme: Scheme, kind: type) -> str:
         onnx_qdq.check(path, scheme, kind)
     except ValueError:
         return ""
-    return "; the target 'onnx-qdq' writes it for engines elsewhere, as TensorRT, proved without a CPU engine"
+    return "; the target 'onnx-qdq' writes it for other engines, such as TensorRT"
 
 
 def container_bits(bits: int) -> int:

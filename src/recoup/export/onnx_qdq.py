@@ -188,7 +188,7 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
 
 
 def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
-    """Y = Q(x) W^T + b."""
+    """The equation: y = Q(x) W^T + b."""
     weight = g("Transpose", dequantized(g, module.weight), perm=[1, 0])
     y = g("MatMul", inputs(g, module.scheme.inputs, module.input_quantizer, x, module.in_features), weight)
     return y if module.bias is None else g("Add", y, _bias(g, module))

@@ -75,8 +75,9 @@ def untraceable(model: nn.Module, error: BaseException) -> str:
         called, node = frame.f_locals.get("self"), frame.f_locals.get("node")
         if id(called) in names:
             inside = names[id(called)]
-        elif isinstance(node, torch.fx.Node) and node.meta.get("nn_module_stack"):
-            inside = list(node.meta["nn_module_stack"].values())[-1][0]
+        elif isinstance(node, torch.fx.Node) and (stack := node.meta.get("nn_module_stack")):
+            path = list(stack.values())[-1][0]
+            inside = path if path in names.values() else inside
     reason = next((line.strip() for line in str(causes[-1]).splitlines() if line.strip()), "no reason given")
     where = f"{inside} ({type(model.get_submodule(inside)).__name__})" if inside else "the model"
     return (
