@@ -5,11 +5,12 @@ nodes of its lattice (`onnx_nodes.py`) are put in its place afterwards. So nothi
 codes and the file can fold, reorder or round them.
 """
 
+import io
 import json
 import logging
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def _trace(model: nn.Module, example: Batch, outputs: list[str], opset: int) -> 
     level = log.level
     log.setLevel(logging.ERROR)  # it reports every operator of torchvision that is not installed
     try:
-        with warnings.catch_warnings():
+        # torch prints whole graphs where it fails, beside the error
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # torch's own, about its own deprecated calls
             program = torch.onnx.export(
                 model,
