@@ -42,7 +42,15 @@ SCHEMES = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1", "MXFP4": "mxfp4-gguf"
 _ROUNDED = {"F16": torch.float16, "BF16": torch.bfloat16}
 _LEAST_CONTEXT = 256  # llama.cpp pads to it
 _LAST_SECONDS = 10  # that a process has to end
-_NO_METADATA = (ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration, NotImplementedError)
+_NO_METADATA = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    StopIteration,
+    NotImplementedError,
+)
 
 
 class Server:
@@ -71,7 +79,7 @@ class Server:
         if find_spec("xllamacpp") is None:
             raise ImportError("running a GGUF file needs xllamacpp: pip install 'recoup[gguf]'")
         self.context, self._key = max(context, _LEAST_CONTEXT), secrets.token_hex()
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`_end` closes it)
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_server.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
@@ -87,9 +95,7 @@ class Server:
         }
         answer = self._first_answer(json.dumps(asked))
         if "error" in answer:
-            raise ValueError(
-                f"{self.file}: llama.cpp does not load it ({answer['error']}); export it again"
-            )
+            raise ValueError(f"{self.file}: llama.cpp does not load it ({answer['error']}); export it again")
         self._address = answer["address"].removeprefix("http://")
 
     def log_probabilities(self, ids: list[int], *, words: int) -> Tensor:

@@ -3,8 +3,8 @@
     python llama_cpp_server.py < a line of JSON, kept open
 
 A script, not a module, for a process of its own: where llama.cpp finds something in a file that it did not
-expect, it ends the process. What is asked stands in the first line of stdin, so that no list of processes shows
-the key; the answer is a line of JSON on stdout, the address or what is wrong.
+expect, it ends the process. What is asked stands in the first line of stdin, so that no list of processes
+shows the key; the answer is a line of JSON on stdout, the address or what is wrong.
 """
 
 import json

@@ -1,11 +1,12 @@
 """What an ONNX file claims is there, before onnxruntime or onnx get to see it.
 
 A file is a protobuf message: fields with a number, a length and a payload, one inside the other. They are
-walked here on the mapped bytes, so nothing is allocated for what a length or a shape claims. Every tensor must
-have the bytes that its shape and type need, in the file or beside it: a tensor whose data lie outside the
-file names a file in the same folder, and nothing else. (onnxruntime takes some names for addresses in memory.)
+walked here on the mapped bytes, so nothing is allocated for what a length or a shape claims. Every tensor
+must have the bytes that its shape and type need, in the file or beside it: a tensor whose data lie outside
+the file names a file in the same folder, and nothing else. (onnxruntime takes some names for addresses in
+memory.)
 
-What is computed from the tensors is not looked at: a graph is a program, and runs in the engine's own kernels.
+What is computed from the tensors is not looked at: a graph is a program, and runs in the engine's kernels.
 """
 
 import mmap
@@ -26,8 +27,34 @@ _INNER: dict[str, dict[int, str]] = {
 }
 _DIMS, _TYPE, _NAME, _RAW, _EXTERNAL, _LOCATION = 1, 2, 8, 9, 13, 14
 _TYPED = (4, 5, 6, 7, 10, 11)  # lists of numbers, which hold a tensor where raw data do not
-_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 8, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128}
-_BITS |= {16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
+_BITS: dict[int, int] = {  # of an element, by the type of a tensor
+    1: 32,
+    2: 8,
+    3: 8,
+    4: 16,
+    5: 16,
+    6: 32,
+    7: 64,
+    8: 8,
+    9: 8,
+    10: 16,
+    11: 64,
+    12: 32,
+    13: 64,
+    14: 64,
+    15: 128,
+    16: 16,
+    17: 8,
+    18: 8,
+    19: 8,
+    20: 8,
+    21: 4,
+    22: 4,
+    23: 4,
+    24: 8,
+    25: 2,
+    26: 2,
+}
 _DEPTH = 100  # of messages in each other, protobuf's own limit
 _AXES = 64
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

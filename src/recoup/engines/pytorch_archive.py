@@ -101,9 +101,7 @@ def _checked(file: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
         _refuse(file, "guards or types of its own")
     _walk(file, program)
     if f"{root}/extra/{NOTES}" not in sizes:
-        raise RefusedError(
-            f"{file}: was not written by recoup; torch.export.load reads it, if you trust it"
-        )
+        raise RefusedError(f"{file}: was not written by recoup; torch.export.load reads it, if you trust it")
     notes = json.loads(archive.read(f"{root}/extra/{NOTES}"))
     if not all(isinstance(notes[key], list) for key in ("inputs", "outputs", "calls")):
         raise ValueError(f"no lists in {NOTES}")
@@ -111,6 +109,7 @@ def _checked(file: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
 
 
 def _refuse(file: Path, what: str) -> None:
+    what = " ".join(what.split())
     raise RefusedError(f"{file}: holds {what}, which a file of recoup does not; it is not loaded")
 
 

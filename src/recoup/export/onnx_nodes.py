@@ -86,6 +86,17 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
         ) from None
 
 
+def kernel(scheme: Scheme, kind: type) -> str:
+    """The operator of onnxruntime that computes it."""
+    if issubclass(kind, CodedEmbedding):
+        return "GatherBlockQuantized"
+    if issubclass(kind, CodedConv):
+        return "Conv of integers made float"
+    if weight_layout(scheme.weights) == "groups":
+        return "MatMulNBits"
+    return "MatMul of integers made float" if scheme.inputs is None else "MatMulInteger"
+
+
 def container_bits(bits: int) -> int:
     """The width a code takes in the file: MatMulNBits knows 2, 4 and 8.
 
