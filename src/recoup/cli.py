@@ -4,6 +4,7 @@ Exit codes: 0 every gate passed, 1 a gate failed, 2 wrong input, 3 undecided, 70
 interrupted.
 """
 
+import logging
 import sys
 import traceback
 import warnings
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"passed": 0, "failed": 1, "undecided": 3}
 WRONG_INPUT, BUG, INTERRUPTED = 2, 70, 130
+# transformers imports torchao where it is installed, which then warns of extensions for other machines.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 
 RecipeFile = Annotated[Path, Parameter(help="A YAML file; see docs/recipe.md.")]
 RunFolder = Annotated[
@@ -171,6 +174,8 @@ def _run(arguments: list[str] | None) -> int:
         NonFiniteLossError,
         SafetensorError,
     )
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(stderr=True)
     with warnings.catch_warnings():
         warnings.showwarning = _warn

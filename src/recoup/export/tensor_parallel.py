@@ -44,9 +44,8 @@ def check_split(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]], dev
         if path.endswith("lm_head") or not style:
             continue
         if wrong := _cut(model, path, scheme, style, devices):
-            legal = [
-                n for n in range(1, devices) if not (_heads(model, n) or _cut(model, path, scheme, style, n))
-            ]
+            fewer = (n for n in range(2, devices) if not _heads(model, n))
+            legal = [1, *(n for n in fewer if not _cut(model, path, scheme, style, n))]
             raise ValueError(
                 f"{path}: {wrong} on {devices} devices; split it over {', '.join(map(str, legal))}, or "
                 "change the scheme by a rule"
