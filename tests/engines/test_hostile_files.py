@@ -1,4 +1,4 @@
-"""10,000 damaged files: each is read, or one clear error; none hangs, ends the process or fills the memory."""
+"""10,000 damaged files: each is read, or one clear error; none hangs, ends the process or fills memory."""
 
 import json
 import os

@@ -5,10 +5,13 @@ import json
 import shutil
 import tempfile
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from recoup.convert import convert
@@ -89,6 +92,7 @@ def export(
     Raises:
         ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
         ImportError: the target's libraries are not installed; names the extra.
+        OSError: the folder cannot be written, as on a disk that is full. Nothing is left behind.
         ParityError: the artefact is not what was trained. Nothing is left behind.
     """
     writer = usable(target)
@@ -100,7 +104,10 @@ def export(
         coded = _converted_copy(model)
     writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+    with (
+        writing(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary,
+    ):
         unproven = Path(temporary) / "artefact"
         unproven.mkdir()
         complete = _add_processor(model, unproven, processor)
@@ -113,6 +120,23 @@ def export(
     if not complete:
         warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=2)
     return parity
+
+
+@contextmanager
+def writing(folder: Path) -> Generator[None]:
+    """What cannot be written inside is one error that names the folder.
+
+    Raises:
+        OSError: instead of what Python and the libraries raise on a disk that is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise OSError(
+            f"{folder}: cannot be written ({reason}); nothing of it is left: make room, and run the same "
+            "again"
+        ) from error
 
 
 def _converted_copy(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from recoup.calibrate import calibrate
 from recoup.explain import Explanation, explain
 from recoup.export import export, preflight, usable
+from recoup.export.export import writing
 from recoup.export.targets import Target
 from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, measured, rung_json
@@ -211,10 +212,10 @@ def _write_float_file(run: RunFolder, target: Target, model: nn.Module, example:
     if run.float_file.exists():
         return
     draft = run.float_file.with_name(".float")
-    draft.mkdir()
-    with busy("writing the float file"):
+    with writing(run.float_file), busy("writing the float file"):
+        draft.mkdir()
         target.write(model, draft, example)
-    draft.rename(run.float_file)
+        draft.rename(run.float_file)
 
 
 def _export(
