@@ -4,6 +4,7 @@ Exit codes: 0 every gate passed, 1 a gate failed, 2 wrong input, 3 undecided, 70
 interrupted.
 """
 
+import logging
 import sys
 import traceback
 import warnings
@@ -18,10 +19,18 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"passed": 0, "failed": 1, "undecided": 3}
 WRONG_INPUT, BUG, INTERRUPTED = 2, 70, 130
+# transformers imports torchao where it is installed, which then warns of extensions for other machines.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 
 RecipeFile = Annotated[Path, Parameter(help="A YAML file; see docs/recipe.md.")]
 RunFolder = Annotated[
     Path | None, Parameter(help="The folder of the run. Default: runs/ and the name of the recipe.")
+]
+Trust = Annotated[
+    bool,
+    Parameter(
+        negative="", help="Run Python files that lie beside the model. Read them first; no recipe can say so."
+    ),
 ]
 
 app = App(
@@ -40,79 +49,86 @@ app = App(
 
 
 @app.command
-def explain(recipe: RecipeFile) -> int:
-    """Show what would happen to every parameter of the recipe's model. Changes nothing.
+def explain(recipe: RecipeFile, *, trust_remote_code: Trust = False) -> int:
+    """Show what would happen to every parameter of the recipe's model, and in its target. Changes nothing.
 
     Example: recoup explain recipes/demo.yaml
     """
     from recoup import Recipe, tasks
     from recoup import explain as account
+    from recoup.export import preflight, usable
     from recoup.prepare import resolve
 
     parsed = Recipe.load(recipe)
-    model = tasks.load_model(parsed)
-    print(account(model, resolve(model, parsed)))
+    settings = parsed.export
+    usable(settings.target)
+    model = tasks.load_model(parsed, trust_remote_code=trust_remote_code)
+    plan = resolve(model, parsed)
+    kernels = preflight(model, plan, settings.target, tensor_parallel=settings.tensor_parallel)
+    print(account(model, plan, kernels))
     return 0
 
 
 @app.command
-def run(recipe: RecipeFile, *, to: RunFolder = None) -> int:
+def run(recipe: RecipeFile, *, to: RunFolder = None, trust_remote_code: Trust = False) -> int:
     """Climb the ladder: the cheapest rung that keeps the quality, exported and measured again.
 
     Example: recoup run recipes/demo.yaml
     """
-    return _go(recipe, to, None)
+    return _go(recipe, to, None, trust_remote_code)
 
 
 @app.command
-def ptq(recipe: RecipeFile, *, to: RunFolder = None) -> int:
+def ptq(recipe: RecipeFile, *, to: RunFolder = None, trust_remote_code: Trust = False) -> int:
     """Measure the float model, and climb the rungs that only calibrate.
 
     Example: recoup ptq recipes/demo.yaml
     """
-    return _go(recipe, to, "ptq")
+    return _go(recipe, to, "ptq", trust_remote_code)
 
 
 @app.command
-def qat(recipe: RecipeFile, *, to: RunFolder = None) -> int:
+def qat(recipe: RecipeFile, *, to: RunFolder = None, trust_remote_code: Trust = False) -> int:
     """Go on with quantization-aware training, unless a rung before it passed; with ptq first.
 
     Example: recoup qat recipes/demo.yaml
     """
-    return _go(recipe, to, "qat")
+    return _go(recipe, to, "qat", trust_remote_code)
 
 
 @app.command
-def export(recipe: RecipeFile, *, to: RunFolder = None) -> int:
+def export(recipe: RecipeFile, *, to: RunFolder = None, trust_remote_code: Trust = False) -> int:
     """Write the artefact of the best rung so far, whatever its outcome, and compare it code for code.
 
     Example: recoup export recipes/demo.yaml
     """
-    return _go(recipe, to, "export")
+    return _go(recipe, to, "export", trust_remote_code)
 
 
 @app.command
-def validate(recipe: RecipeFile, *, to: RunFolder = None) -> int:
+def validate(recipe: RecipeFile, *, to: RunFolder = None, trust_remote_code: Trust = False) -> int:
     """Measure the exported artefact, ask the gates, and write the report.
 
     Example: recoup validate recipes/demo.yaml
     """
-    return _go(recipe, to, "validate")
+    return _go(recipe, to, "validate", trust_remote_code)
 
 
-def _go(recipe: Path, to: Path | None, part: "Part | None") -> int:
+def _go(recipe: Path, to: Path | None, part: "Part | None", trust_remote_code: bool) -> int:
     """A run, or a part of it; one that is done only says so."""
     from recoup import Recipe, recover, tasks
+    from recoup.export import usable
     from recoup.ladder import outcome_of_part
 
     parsed = Recipe.load(recipe)
+    usable(parsed.export.target)
     folder = to or Path("runs") / recipe.stem
     done = outcome_of_part(folder, parsed, part)
     if done is not None:
         again = "" if part else "; remove the folder to run it again"
         print(f"{folder}: {part or 'this run'} is done, with outcome {done}{again}")
         return EXIT_CODES[done]
-    task = tasks.load(parsed)
+    task = tasks.load(parsed, trust_remote_code=trust_remote_code)
     result = recover(
         task.model,
         parsed,
@@ -158,6 +174,8 @@ def _run(arguments: list[str] | None) -> int:
         NonFiniteLossError,
         SafetensorError,
     )
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(stderr=True)
     with warnings.catch_warnings():
         warnings.showwarning = _warn

@@ -1,5 +1,6 @@
 """The dry run: what a plan does to every parameter of a model, as a table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 from recoup.nn import quant_type
 from recoup.schemes import Plan
 
+_KERNEL = 6  # the place of this column
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One parameter's fate. Bytes are of storage: codes, scales and zero points."""
+    """One parameter's fate. Bytes are of storage: codes, scales and zero points; `kernel` computes it."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -20,6 +23,7 @@ class Row:
     bytes_before: int
     bytes_after: int
     reason: str
+    kernel: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Explanation:
         return sum(row.bytes_after for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "scheme", "bits", "bytes before", "after", "reason")
+        head = ("parameter", "shape", "scheme", "bits", "bytes before", "after", "computed as", "reason")
         cells = [head, *map(_cells, self.rows)]
         total = _cells(
             Row(
@@ -48,6 +52,9 @@ class Explanation:
                 bytes_before=self.bytes_before, bytes_after=self.bytes_after,
             )
         )  # fmt: skip
+        if not any(row.kernel for row in self.rows):
+            cells = [line[:_KERNEL] + line[_KERNEL + 1 :] for line in cells]
+            total, head = total[:_KERNEL] + total[_KERNEL + 1 :], cells[0]
         widths = [max(len(line[i]) for line in [*cells, total]) for i in range(len(head))]
         right = {3, 4, 5}
         lines = [
@@ -60,8 +67,13 @@ class Explanation:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def explain(model: nn.Module, plan: Plan) -> Explanation:
+def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = None) -> Explanation:
     """The dry run: parameter, scheme, bits, bytes before and after, and why. Never changes the model.
+
+    Args:
+        model: float.
+        plan: from `resolve`.
+        kernels: module -> what computes it in an engine, as `recoup.export.preflight` says.
 
     >>> import torch
     >>> from recoup import resolve
@@ -79,14 +91,16 @@ def explain(model: nn.Module, plan: Plan) -> Explanation:
         before = parameter.numel() * parameter.element_size()
         module, _, leaf = path.rpartition(".")
         bits, scheme, reason = 8.0 * parameter.element_size(), "float", plan.kept.get(path, "")
+        kernel = ""
         if leaf == "weight" and module in plan.modules:
             matrix = _matrix(model.get_submodule(module))
             bits, scheme = plan[module].bits_per_weight(*matrix.shape), plan.modules[module]
+            kernel = (kernels or {}).get(module, "")
         after = round(parameter.numel() * bits / 8)
         rows.append(
             Row(
                 parameter=path, shape=tuple(parameter.shape), scheme=scheme, bits=bits,
-                bytes_before=before, bytes_after=after, reason=reason,
+                bytes_before=before, bytes_after=after, reason=reason, kernel=kernel,
             )
         )  # fmt: skip
     return Explanation(rows=rows)
@@ -101,4 +115,4 @@ def _matrix(module: nn.Module) -> Tensor:
 def _cells(row: Row) -> tuple[str, ...]:
     shape = " x ".join(map(str, row.shape))
     sizes = (f"{row.bits:.1f}", f"{row.bytes_before:,}", f"{row.bytes_after:,}")
-    return (row.parameter, shape, row.scheme, *sizes, row.reason)
+    return (row.parameter, shape, row.scheme, *sizes, row.kernel, row.reason)

@@ -148,8 +148,9 @@ def test_explain_prints_the_account_and_changes_nothing(custom: Callable[..., Pa
     )
     assert (done.returncode, done.stderr) == (0, "")
     head, weight, bias, total = done.stdout.splitlines()
-    assert head.split() == ["parameter", "shape", "scheme", "bits", "bytes", "before", "after", "reason"]
-    assert weight.split() == ["0.weight", "8", "x", "32", "w4a16", "5.0", "1,024", "160"]
+    columns = ["parameter", "shape", "scheme", "bits", "bytes", "before", "after", "computed", "as", "reason"]
+    assert head.split() == columns
+    assert weight.split() == ["0.weight", "8", "x", "32", "w4a16", "5.0", "1,024", "160", "MatMulNBits"]
     assert bias.split()[0] == "0.bias"
     assert total.split()[0] == "total"
     assert sorted(path for path in tmp_path.iterdir() if path.name != "__pycache__") == before

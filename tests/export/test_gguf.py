@@ -324,7 +324,7 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "too many tensors": (_header(_COUNTS, 2**60), "its header counts 1152921504606846976 tensors in"),
     "too many values": (_header(_COUNTS + 8, 2**61), "its header counts .* metadata values in"),
     "a few tensors more": (_header(_COUNTS, 60), "no whole GGUF file"),
-    "a long list": (_long_list, "a value of 4611686018427387904 bytes in the header of a file of"),
+    "a long list": (_long_list, "a list of 1152921504606846976 items of 4 bytes in the header of a file of"),
 }
 
 

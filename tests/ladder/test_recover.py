@@ -306,9 +306,11 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(model: Classif
         (recipe("mxfp8"), {}, r"up: scheme 'mxfp8' does not run in onnxruntime"),
         (recipe("w4a16-g24"), {}, "32 columns cannot be cut into groups of 24"),
         (recipe(export={"target": "onyx"}), {}, "no export target 'onyx'; did you mean 'onnx'"),
-        (recipe(export={"to": "."}), {}, "export.to: '.' is where the run itself lies"),
-        (recipe(export={"to": ".."}), {}, "export.to: '..' is where the run itself lies"),
-        (recipe(export={"to": str(Path(__file__).parent)}), {}, "exists and is not empty; choose another"),
+        *(
+            (recipe(export={"to": to}), {}, f"export.to: '{to}' is where the run itself lies; name another")
+            for to in ("unfinished/steps", "run.json", "report.html/x", ".artefact-x")
+        ),
+        (recipe(export={"tensor_parallel": 2}), {}, "2 devices asked, this target runs on one; leave it out"),
     ]
     for given, more, message in cases:
         keywords: dict[str, Any] = {"calibration": batches(2), "train": batches(2)} | more

@@ -1,6 +1,5 @@
 """A run that was stopped goes on, and ends as if nothing had happened."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,20 +272,19 @@ def test_a_run_goes_on_with_its_model_and_its_data_only(again: Again) -> None:
     assert {path: path.read_bytes() for path in again.folder.rglob("*") if path.is_file()} == before
 
 
-def test_an_artefact_outside_is_replaced_only_where_it_is_ours(
+def test_a_link_out_of_the_run_is_not_followed(
     fitted_state: dict[str, torch.Tensor], tmp_path: Path, quick: None
 ) -> None:
-    outside = tmp_path / "outside"
-    run = Again(fitted_state, tmp_path / "run", export={"to": str(outside)})
+    run = Again(fitted_state, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        run(evaluate=stopping(100, 100))
-    assert (outside / "model.pt").is_file()
-    shutil.rmtree(tmp_path / "run")
+        run(evaluate=stopping(100))
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run" / "artefact").symlink_to(tmp_path / "outside")
     with pytest.raises(
-        ValueError, match="outside exists and is not empty; choose another folder, or remove it"
+        ValueError, match=r"export.to: 'artefact' leads to .*outside, out of the run's folder"
     ):
         run(evaluate=never)
-    assert (outside / "model.pt").is_file()
+    assert not list((tmp_path / "outside").iterdir())
 
 
 def test_a_full_disk_leaves_what_was_finished(again: Again, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -411,13 +411,19 @@ def missing_shard(model: Path) -> None:
     (model / "model-00002-of-00002.safetensors").unlink()
 
 
+def shard_elsewhere(model: Path) -> None:
+    sharded(model)
+    index = model / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00002", "../model"))
+
+
 def broken_index(model: Path) -> None:
     sharded(model)
     (model / "model.safetensors.index.json").write_text("[]")
 
 
 MODELS = {
-    "truncated": (truncate, r"model\.safetensors: \d+ bytes expected, \d+ found; the file is damaged"),
+    "truncated": (truncate, r"model\.safetensors: no whole safetensors file \(.*incomplete metadata"),
     "a weight missing": (without_a_weight, r"1 weights are missing or misshapen, the first model\.layers\.1"),
     "no tokenizer": (without_tokenizer, r"no tokenizer in .*llama \(none of tokenizer\.json"),
     "a larger vocabulary": (
@@ -444,13 +450,18 @@ MODELS = {
             model_type="mine",
             auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "modeling.Model"},
         ),
-        r"not part of transformers but code of its own \(mine\.py, modeling\.py\); read it, then write "
-        r"trust_remote_code: true under task",
+        r"not part of transformers but code of its own \(mine\.py, modeling\.py\); read it, then give "
+        r"the command --trust-remote-code to run it$",
     ),
     "own code in lists": (
         configured(model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoTokenizer": ["words.T", None]}),
-        r"code of its own \(mine\.py, words\.py\); read it, then write trust_remote_code",
+        r"code of its own \(mine\.py, words\.py\); read it, then give",
     ),
+    "own attention": (
+        configured(attn_implementation="somebody/attention"),
+        r"its attention is code of somebody/attention, not part of transformers; read it, then give",
+    ),
+    "a shard elsewhere": (shard_elsewhere, r"names \.\./model\.safetensors, which is no file of its folder"),
     "no such shard": (missing_shard, r"no model-00002-of-00002\.safetensors in .*llama, which model\.saf"),
     "broken index": (broken_index, r"index\.json: not an index of safetensors files; fetch it again"),
 }
@@ -490,6 +501,7 @@ def test_an_untied_head_is_loaded(tmp_path: Path, llama: Path, settings: dict[st
 
 
 CODE = """
+from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
 class Config(LlamaConfig):
@@ -500,14 +512,25 @@ class Model(LlamaForCausalLM):
 """
 
 
-def test_code_of_the_model_runs_where_the_recipe_trusts_it(
+def test_code_of_the_model_runs_only_where_it_is_trusted(
     tmp_path: Path, llama: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    (llama / "mine.py").write_text(CODE)
     classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
     configured(model_type="mine", auto_map=classes)(llama)
-    model = load_model(recipe(settings | {"trust_remote_code": True}), tmp_path)
+    trace = tmp_path / "trace"
+    (llama / "mine.py").write_text(f"{CODE}\nPath({str(trace)!r}).touch()\n")
+    for load_it in (load, load_model):
+        with pytest.raises(ValueError, match="--trust-remote-code"):
+            load_it(recipe(settings), tmp_path)
+    assert not trace.exists()
+    with pytest.raises(
+        ValueError, match=r"task\.trust_remote_code: a recipe cannot trust code; read it, then"
+    ):
+        load(recipe(settings | {"trust_remote_code": True}), tmp_path)
+    assert not trace.exists()
+    model = load_model(recipe(settings), tmp_path, trust_remote_code=True)
+    assert trace.exists()
     assert type(model).__module__.startswith("transformers_modules")
 
 

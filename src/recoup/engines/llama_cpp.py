@@ -6,36 +6,51 @@ the first with one product more, that of the output matrix: `LlamaCpp` computes 
 file, with the inputs as llama.cpp's kernels quantize them. The second comes whole from llama.cpp, one prefix
 at a time: what `export` proves a file with.
 
-The server listens on the loopback interface, on a port of its own; a key made for it keeps others out.
+The server runs in a process of its own, which llama.cpp ends where it finds what it did not expect: a file
+that makes it do so is an error here, and nothing more. It listens on the loopback interface, on a port of its
+own; a key made for it keeps others out.
 """
 
+import contextlib
 import http.client
 import json
 import secrets
-import struct
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import weakref
+from collections.abc import Generator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recoup.engines.gguf_file import FILE, field, model_file, read, size_bytes
 from recoup.engines.outputs import Outputs
 from recoup.nn import Batch
 from recoup.numerics import fake_quantize, qparams_of
 from recoup.schemes import preset
 
-FILE = "model.gguf"
+__all__ = ["FILE", "SCHEMES", "LlamaCpp", "Prompts", "Server", "field", "ids_of", "model_file", "peak_bytes",
+           "read", "size_bytes"]  # fmt: skip
 # The types of a file that are trained lattices, and the schemes that train them.
 SCHEMES = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1", "MXFP4": "mxfp4-gguf", "TQ2_0": "tq2_0"}
-_INSTALL = "running a GGUF file needs {}: pip install 'recoup[gguf]'"
 _ROUNDED = {"F16": torch.float16, "BF16": torch.bfloat16}
 _LEAST_CONTEXT = 256  # llama.cpp pads to it
-_ERRORS = 1  # a level of its log, which goes to stderr
+_LAST_SECONDS = 10  # that a process has to end
+_NO_METADATA = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    StopIteration,
+    NotImplementedError,
+)
 
 
 class Server:
@@ -58,28 +73,30 @@ class Server:
     def __init__(
         self, path: str | Path, *, context: int, hidden: bool, exact: bool = False, threads: int | None = None
     ) -> None:
-        file = model_file(path)
-        self._whole = _whole_word(read(file))  # llama.cpp's own error says nothing of what is wrong
-        engine = _xllamacpp()
+        self.file = model_file(path)
+        with _metadata(self.file) as reader:
+            self._whole = _whole_word(reader)  # llama.cpp's own error says nothing of what is wrong
+        if find_spec("xllamacpp") is None:
+            raise ImportError("running a GGUF file needs xllamacpp: pip install 'recoup[gguf]'")
         self.context, self._key = max(context, _LEAST_CONTEXT), secrets.token_hex()
-        params = engine.CommonParams()
-        params.model.path = str(file)
-        # An answer of one word needs one place more.
-        params.n_ctx = params.n_batch = params.n_ubatch = self.context + (not hidden)
-        params.n_parallel, params.fit_params, params.warmup, params.ui = 1, False, False, False
-        params.verbosity, params.api_keys = _ERRORS, [self._key]
-        threads = torch.get_num_threads() if threads is None else threads
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        if hidden:
-            params.embedding, params.embd_normalize = True, -1
-            params.pooling_type = engine.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
-        if exact:
-            params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
-        try:
-            self._server: Any = engine.Server(params)
-        except RuntimeError as error:
-            raise ValueError(f"{file}: llama.cpp does not load it ({error}); export it again") from None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`_end` closes it)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_server.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+        )  # fmt: skip
+        weakref.finalize(self, _end, self._process, self._log)
+        asked = {
+            "file": str(self.file),
+            "key": self._key,
+            "context": self.context + (not hidden),  # an answer of one word needs one place more
+            "threads": torch.get_num_threads() if threads is None else threads,
+            "hidden": hidden,
+            "exact": exact,
+        }
+        answer = self._first_answer(json.dumps(asked))
+        if "error" in answer:
+            raise ValueError(f"{self.file}: llama.cpp does not load it ({answer['error']}); export it again")
+        self._address = answer["address"].removeprefix("http://")
 
     def log_probabilities(self, ids: list[int], *, words: int) -> Tensor:
         """Of every word after this prefix (words,).
@@ -110,13 +127,35 @@ class Server:
             "tokens"
         ]
 
+    def _first_answer(self, asked: str) -> dict[str, str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer, either
+            print(asked, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else {"error": self._how_it_ended()}
+
+    def _how_it_ended(self) -> str:
+        """By a signal, mostly; and the line of its log that says most."""
+        try:
+            code = self._process.wait(timeout=_LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed the connection"
+        self._log.seek(0)
+        log = self._log.read().decode(errors="replace").splitlines()
+        said = next((line for line in log if "ASSERT" in line or "rror" in line), "")
+        how = signal.Signals(-code).name if code < 0 else f"code {code}"
+        return f"it ended its process with {how}{': ' * bool(said)}{said.strip()[:200]}"
+
     def _ask(self, path: str, body: dict[str, Any]) -> Any:
-        connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
+        connection = http.client.HTTPConnection(self._address)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         try:
             connection.request("POST", path, json.dumps(body), headers)
             response = connection.getresponse()
             answer = json.loads(response.read())
+        except (ConnectionError, http.client.HTTPException):
+            raise ValueError(f"{self.file}: llama.cpp does not run it ({self._how_it_ended()})") from None
         finally:
             connection.close()
         if response.status != http.client.OK:
@@ -141,15 +180,15 @@ class LlamaCpp(nn.Module):
     def __init__(self, path: str | Path, *, exact: bool = False, threads: int | None = None) -> None:
         super().__init__()
         self.file, self.exact, self.threads = model_file(path), exact, threads
-        reader = read(self.file)
-        architecture = field(reader, "general.architecture")
-        self.longest = _longest(reader)
-        softcap = reader.get_field(f"{architecture}.final_logit_softcapping")
-        self.softcap = None if softcap is None else float(softcap.contents())
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        head = tensors.get("output.weight", tensors["token_embd.weight"])  # the same where they are tied
-        self.head_type = head.tensor_type.name
-        self.head = torch.from_numpy(_dequantized(head))
+        with _metadata(self.file) as reader:
+            self.longest = _longest(reader)
+            softcap = reader.get_field(f"{field(reader, 'general.architecture')}.final_logit_softcapping")
+            self.softcap = None if softcap is None else float(softcap.contents())
+            tensors = {tensor.name: tensor for tensor in reader.tensors}
+            # The same where they are tied.
+            head = tensors["output.weight" if "output.weight" in tensors else "token_embd.weight"]
+            self.head_type = head.tensor_type.name
+            self.head = torch.from_numpy(_dequantized(head))
         self._server = self._serve(min(_LEAST_CONTEXT, self.longest))
 
     @torch.no_grad()
@@ -189,7 +228,8 @@ class Prompts(nn.Module):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.file, self._server = model_file(path), None
-        self.longest = _longest(read(self.file)) - 1
+        with _metadata(self.file) as reader:
+            self.longest = _longest(reader) - 1
 
     def forward(self, input_ids: Tensor, **others: Any) -> None:
         """One pass over each; other inputs of the batch are not llama.cpp's."""
@@ -237,93 +277,28 @@ def ids_of(batch: Batch) -> Tensor:
     return ids
 
 
-def model_file(path: str | Path) -> Path:
-    """The file itself: the path, or model.gguf in the folder.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected an exported GGUF model")
-    return file
-
-
-def size_bytes(folder: Path) -> int:
-    """Bytes on disk of the file, without the tokenizer's own files and reports."""
-    return model_file(folder).stat().st_size
-
-
-def read(path: str | Path) -> Any:
-    """A `gguf.GGUFReader` of a file that is whole.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged; says where.
-        ImportError: the extra is not installed.
-    """
-    file = model_file(path)
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(_INSTALL.format("gguf")) from None
-    try:
-        _check_header(file)
-        return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise ValueError(f"{file}: no whole GGUF file ({error}); export it again") from None
-
-
-def field(reader: Any, key: str) -> Any:
-    """A value of the file's metadata; the file has it."""
-    found = reader.get_field(key)
-    if found is None:
-        raise ValueError(f"the file's metadata has no {key}; export it again")
-    return found.contents()
-
-
 def _longest(reader: Any) -> int:
     """Tokens of the longest sequence that the model takes."""
-    return int(field(reader, f"{field(reader, 'general.architecture')}.context_length"))
+    found = int(field(reader, f"{field(reader, 'general.architecture')}.context_length"))
+    if found < 1:
+        raise ValueError(f"a context of {found} tokens")
+    return found
 
 
-def _check_header(file: Path) -> None:
-    """What the header counts has room in the file; the library's reader takes counts as they are."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        magic, _, tensors, values = struct.unpack("<4sIQQ", stream.read(24))
-        if magic != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        for count, what in ((tensors, "tensors"), (values, "metadata values")):
-            if count > size:
-                raise ValueError(f"its header counts {count} {what} in {size} bytes")
-        for _ in range(values):
-            _skip(stream, 8, size)
-            _skip(stream, _number(stream, "<I"), size)
+@contextlib.contextmanager
+def _metadata(file: Path) -> Generator[Any]:
+    """A reader of the file; what it does not say inside is an error of the file."""
+    reader = read(file)
+    try:
+        yield reader
+    except _NO_METADATA as error:
+        raise ValueError(f"{file}: not what recoup writes of a language model ({error!r})") from None
 
 
-def _number(stream: BinaryIO, layout: str) -> int:
-    return struct.unpack(layout, stream.read(struct.calcsize(layout)))[0]
-
-
-_STRING, _ARRAY = 8, 9
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by the ids of GGUF's types
-
-
-def _skip(stream: BinaryIO, kind: int, size: int) -> None:
-    """Past one value of the metadata."""
-    if kind == _ARRAY:
-        items, count = _number(stream, "<I"), _number(stream, "<Q")
-        if items in (_STRING, _ARRAY):
-            for _ in range(min(count, size)):
-                _skip(stream, items, size)
-            return
-        length = _SIZES[items] * count
-    else:
-        length = _number(stream, "<Q") if kind == _STRING else _SIZES[kind]
-    if stream.tell() + length > size:
-        raise ValueError(f"a value of {length} bytes in the header of a file of {size}")
-    stream.seek(length, 1)
+def _end(process: "subprocess.Popen[str]", log: IO[bytes]) -> None:
+    process.kill()
+    process.communicate()  # closes what it was asked through
+    log.close()
 
 
 def _whole_word(reader: Any) -> int:
@@ -347,11 +322,3 @@ def _dequantized(tensor: Any) -> np.ndarray[Any, Any]:
     from gguf import dequantize
 
     return np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)  # not of the file
-
-
-def _xllamacpp() -> Any:
-    try:
-        import xllamacpp
-    except ImportError:
-        raise ImportError(_INSTALL.format("xllamacpp")) from None
-    return xllamacpp

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from recoup.engines.onnx_file import check_onnx
 from recoup.engines.onnxruntime import OUTPUTS, OnnxModel, model_file
 
 NO_ENGINE = "onnx.reference (no CPU engine)"
@@ -29,6 +30,7 @@ class StandardOnnx(OnnxModel):
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: the file is damaged, or names data outside of its folder.
         ImportError: the extra is not installed.
     """
 
@@ -44,6 +46,7 @@ class StandardOnnx(OnnxModel):
         errors = import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # has no types
         without_kernel: type[Exception] = errors.NotImplemented
         file = model_file(path)
+        check_onnx(file)
         graph = onnx.load(file, load_external_data=False)
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

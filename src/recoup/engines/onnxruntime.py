@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recoup.engines.onnx_file import check_onnx
 from recoup.engines.outputs import Outputs
 from recoup.nn import Batch
 
@@ -28,6 +29,7 @@ class OnnxModel(nn.Module):
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: the file is damaged, names data outside of its folder, or is none that onnxruntime loads.
         ImportError: the extra is not installed.
     """
 
@@ -40,13 +42,19 @@ class OnnxModel(nn.Module):
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(
-            str(model_file(path)), options, providers=["CPUExecutionProvider"]
-        )
-        self.inputs = [value.name for value in self.session.get_inputs()]
-        names = [value.name for value in self.session.get_outputs()]
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        self.outputs: list[str] = json.loads(metadata[OUTPUTS]) if OUTPUTS in metadata else names
+        file = model_file(path)
+        check_onnx(file)
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(file), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+            self.inputs = [value.name for value in self.session.get_inputs()]
+            names = [value.name for value in self.session.get_outputs()]
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.outputs: list[str] = json.loads(metadata[OUTPUTS]) if OUTPUTS in metadata else names
+        except Exception as error:  # onnxruntime's own are of many types, with no common one but this
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{file}: onnxruntime cannot load it ({reason}); export it again") from error
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | Outputs:
         """Run one batch.

@@ -56,6 +56,11 @@ class PytorchModel(nn.Module):
         """
         return self.named(self.program(*self.positional(args, kwargs), **self.keywords(args, kwargs)))
 
+    def train(self, mode: bool = True) -> "PytorchModel":
+        """A program is as it was traced, in eval mode, and refuses to be asked."""
+        self.training = mode
+        return self
+
     def named(self, result: Any) -> Tensor | Outputs:
         """What the program returned, as the model did."""
         return result if isinstance(result, Tensor) else Outputs(result)

@@ -10,6 +10,7 @@ is allowed.
 import ast
 import json
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,8 +38,8 @@ _OPERATORS = re.compile(
 _NAME = re.compile(r"(?!\d)\w*")
 _PATH = re.compile(r"[\w.\- ]+")
 _MALFORMED = (
-    *(zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError),  # the last two: compressed, encrypted
-    *(KeyError, IndexError, TypeError, AttributeError, RecursionError),
+    *(zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError),  # the last: a place before 0
+    *(KeyError, IndexError, TypeError, AttributeError, ValueError, struct.error),
 )
 _FUNCTIONS = frozenset(
     name
@@ -52,6 +53,10 @@ _FUNCTIONS = frozenset(
 )
 
 
+class RefusedError(ValueError):
+    """What a file holds is not on the list; the message says what."""
+
+
 def check_archive(file: Path) -> dict[str, Any]:
     """Look through a file, and return what recoup noted in it.
 
@@ -61,8 +66,11 @@ def check_archive(file: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             return _checked(file, archive)
-    except (*_MALFORMED, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); export it again") from error
+    except RefusedError:
+        raise
+    except _MALFORMED as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: damaged ({reason}); export it again") from error
 
 
 def _checked(file: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -72,29 +80,37 @@ def _checked(file: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     for name in sizes:
         if not _RECORDS.fullmatch(name):
             _refuse(file, f"the record {name}")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        _refuse(file, "a compressed record")
+    if sum(sizes.values()) > file.stat().st_size:
+        raise ValueError("its records are longer than the file")
     root = next(iter(sizes)).partition("/")[0]
     if sizes.get(f"{root}/data/sample_inputs/model.pt"):
         _refuse(file, "pickled example inputs")
     if (broken := archive.testzip()) is not None:
-        raise ValueError(f"{file}: damaged ({broken}); export it again")
+        raise ValueError(broken)
     for kind in ("weights", "constants"):
         config = json.loads(archive.read(f"{root}/data/{kind}/model_{kind}_config.json"))
         for name, payload in config["config"].items():
             if payload["use_pickle"] is not False or payload["tensor_meta"] is None:
                 _refuse(file, f"a pickled tensor, {name}")
             if f"{root}/data/{kind}/{payload['path_name']}" not in sizes:
-                raise ValueError(f"{file}: damaged (no bytes of {name}); export it again")
+                raise ValueError(f"no bytes of {name}")
     program = json.loads(archive.read(f"{root}/models/model.json"))
     if program["guards_code"] or program["graph_module"].get("treespec_namedtuple_fields"):
         _refuse(file, "guards or types of its own")
     _walk(file, program)
     if f"{root}/extra/{NOTES}" not in sizes:
-        raise ValueError(f"{file}: was not written by recoup; torch.export.load reads it, if you trust it")
-    return json.loads(archive.read(f"{root}/extra/{NOTES}"))
+        raise RefusedError(f"{file}: was not written by recoup; torch.export.load reads it, if you trust it")
+    notes = json.loads(archive.read(f"{root}/extra/{NOTES}"))
+    if not all(isinstance(notes[key], list) for key in ("inputs", "outputs", "calls")):
+        raise ValueError(f"no lists in {NOTES}")
+    return notes
 
 
 def _refuse(file: Path, what: str) -> None:
-    raise ValueError(f"{file}: holds {what}, which a file of recoup does not; it is not loaded")
+    what = " ".join(what.split())
+    raise RefusedError(f"{file}: holds {what}, which a file of recoup does not; it is not loaded")
 
 
 def _walk(file: Path, value: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from recoup.engines.safetensors_file import check_safetensors
+
 UNMEASURED = (
     "the folder ran in transformers, which decompresses the weights first; serve it with vLLM to measure them"
 )
@@ -37,15 +39,23 @@ def load(folder: Path) -> nn.Module:
         raise ImportError(
             "running a transformers folder needs transformers: pip install 'recoup[compressed-tensors]'"
         ) from None
-    architecture = json.loads(file.read_text())["architectures"][0]
-    if not hasattr(transformers, architecture):
+    architecture = _architecture(file)
+    kind: Any = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
             f"{file}: transformers has no class {architecture}; write the folder again, or update"
         )
+    check_safetensors(Path(folder))
     with silent():
-        model, loaded = getattr(transformers, architecture).from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        both: Any = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
+        model, loaded = both
         _complete(folder, loaded)
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:  # otherwise at the first call, with a bar
@@ -79,6 +89,27 @@ def silent() -> Generator[None]:
     """`quiet`, and nothing on stderr: compressed-tensors cannot be told to draw no bars."""
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+def kernel_of(config: Any) -> str | None:
+    """The repository of the hub from which a config wants its attention computed; None for none."""
+    named = [config.get(key) for key in ("attn_implementation", "_attn_implementation")]
+    return next((name for name in named if isinstance(name, str) and "/" in name), None)
+
+
+def _architecture(file: Path) -> str:
+    try:
+        config = json.loads(file.read_bytes())
+        architecture, kernel = config["architectures"][0], kernel_of(config)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        raise ValueError(f"{file}: not the config of a model; write the folder again") from None
+    if not isinstance(architecture, str):
+        raise ValueError(f"{file}: not the config of a model; write the folder again")
+    if kernel is not None:
+        raise ValueError(
+            f"{file}: its attention is code of {kernel}, which is not run; take attn_implementation out"
+        )
+    return architecture
 
 
 def _complete(folder: Path, loaded: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from recoup.export.export import export, preflight
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity, ParityError
-from recoup.export.targets import TARGETS, target_named
+from recoup.export.targets import TARGETS, target_named, usable
 
 __all__ = [
     "TARGETS",
@@ -13,4 +13,5 @@ __all__ = [
     "preflight",
     "share_global_scales",
     "target_named",
+    "usable",
 ]

@@ -89,6 +89,12 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
         raise ValueError(f"{path}: {error}") from None
 
 
+def kernel(scheme: Scheme, kind: type) -> str:
+    """How it is stored: the name of the format, from which readers choose their kernels."""
+    del kind
+    return layout(scheme).format
+
+
 def layout(scheme: Scheme) -> Layout:
     """How compressed-tensors writes this scheme.
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recoup.engines.safetensors_file import read_safetensors
 from recoup.engines.transformers import load
 from recoup.export import compressed_tensors as writer
 from recoup.export import compressed_tensors_config as schema
@@ -75,10 +76,8 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every stored tensor, of all shards."""
-    from safetensors.torch import load_file
-
     files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
 
 
 def read_codes(path: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Array, Array]:

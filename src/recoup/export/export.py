@@ -5,15 +5,18 @@ import json
 import shutil
 import tempfile
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from recoup.convert import convert
 from recoup.export.parity import Parity
-from recoup.export.targets import Quantized, target_named
+from recoup.export.targets import usable
 from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
 from recoup.schemes import Plan, Scheme
 
@@ -31,16 +34,21 @@ _PROCESSOR_FILES = (
 )
 
 
-def preflight(model: nn.Module, plan: Plan, target: str) -> None:
+def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int = 1) -> dict[str, str]:
     """Can the target's engine run this plan? Asked before any calibration or training.
 
     Args:
         model: float, as `resolve` saw it.
         plan: from `resolve`.
         target: a key of `TARGETS`.
+        tensor_parallel: devices over which the engine will split every matrix.
+
+    Returns:
+        What computes every quantized module there, or how it is stored, by name.
 
     Raises:
-        ValueError: no such target, or a model or a module whose scheme the engine cannot run; names them.
+        ValueError: no such target, or a model or a module whose scheme the engine cannot run, or not on so
+            many devices; names them.
         ImportError: the target's libraries are not installed; names the extra.
     """
     modules: dict[str, tuple[Scheme, type]] = {}
@@ -48,14 +56,11 @@ def preflight(model: nn.Module, plan: Plan, target: str) -> None:
         prepared = quant_type(model.get_submodule(path))
         assert prepared is not None
         modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
-    _check(model, modules, target)
-
-
-def _check(model: nn.Module, modules: Quantized, target: str) -> None:
-    try:
-        target_named(target).check(model, modules)
-    except ImportError as error:
-        raise ImportError(f"the {target} target needs {error.name}: pip install 'recoup[{target}]'") from None
+    there = usable(target)
+    there.check(model, modules)
+    if tensor_parallel > 1:
+        there.split(model, modules, tensor_parallel)
+    return {path: there.kernel(scheme, kind) for path, (scheme, kind) in modules.items()}
 
 
 def export(
@@ -87,18 +92,23 @@ def export(
 
     Raises:
         ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
+        ImportError: the target's libraries are not installed; names the extra.
+        OSError: the folder cannot be written, as on a disk that is full. Nothing is left behind.
         ParityError: the artefact is not what was trained. Nothing is left behind.
     """
-    writer = target_named(target)
+    writer = usable(target)
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not empty; choose another folder, or remove it")
     example = moved(_example(model) if example is None else example, torch.device("cpu"))
     with torch.no_grad():
         coded = converted_copy(model)
-    _check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)}, target)
+    writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+    with (
+        writing(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary,
+    ):
         unproven = Path(temporary) / "artefact"
         unproven.mkdir()
         complete = _add_processor(model, unproven, processor)
@@ -111,6 +121,23 @@ def export(
     if not complete:
         warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=2)
     return parity
+
+
+@contextmanager
+def writing(folder: Path) -> Generator[None]:
+    """What cannot be written inside is one error that names the folder.
+
+    Raises:
+        OSError: instead of what Python and the libraries raise on a disk that is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise OSError(
+            f"{folder}: cannot be written ({reason}); nothing of it is left: make room, and run the same "
+            "again"
+        ) from error
 
 
 def converted_copy(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recoup.engines.llama_cpp import FILE, ids_of
+from recoup.engines.llama_cpp import FILE, ids_of, read
 from recoup.export import gguf_architectures as architectures
 from recoup.export import gguf_blocks as blocks
 from recoup.export import gguf_vocabulary as vocabulary
@@ -61,6 +61,7 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
 
     Raises:
         ValueError: no token ids, or a tokenizer that llama.cpp does not have.
+        OSError: the file cannot be written as a whole.
     """
     import gguf
 
@@ -85,6 +86,10 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
             writer.write_tensor_data(entry.make())
     finally:
         writer.close()
+    try:
+        read(folder)
+    except ValueError as error:  # NumPy says nothing of last bytes that found no room
+        raise OSError(f"{FILE} is not whole after writing") from error
 
 
 def coded_modules(model: nn.Module) -> dict[str, CodedLinear | CodedEmbedding]:

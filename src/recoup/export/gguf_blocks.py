@@ -86,6 +86,11 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
         raise ValueError(f"{path}: {error}") from None
 
 
+def kernel(scheme: Scheme, kind: type) -> str:
+    """The type of its blocks, from which llama.cpp chooses its kernels."""
+    return block_type(scheme, inputs=kind is CodedLinear)
+
+
 def block_type(scheme: Scheme, *, inputs: bool = True) -> str:
     """The type of a file that holds this scheme.
 

@@ -46,7 +46,9 @@ def load(folder: Path) -> Any:
 
     try:
         with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             description(tokenizer)
     except Exception as error:  # noqa: BLE001 (whatever is wrong in the folder's files)
         line = next(iter(str(error).splitlines()), type(error).__name__)

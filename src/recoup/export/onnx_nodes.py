@@ -68,6 +68,21 @@ def _elsewhere(path: str, scheme: Scheme, kind: type) -> str:
     return "; the target 'onnx-qdq' writes it for other engines, such as TensorRT"
 
 
+def kernel(scheme: Scheme, kind: type) -> str:
+    """The operator of onnxruntime that computes it."""
+    if issubclass(kind, CodedEmbedding):
+        return "GatherBlockQuantized"
+    layout = weight_layout(scheme.weights)
+    made = "8-bit floats" if layout == "floats" else "integers"
+    if issubclass(kind, CodedConv):
+        return f"Conv of {made} made float"
+    if layout == "groups":
+        return "MatMulNBits"
+    if layout == "floats":
+        return f"MatMul of {made} made float"
+    return f"MatMul of {made} made float" if scheme.inputs is None else "MatMulInteger"
+
+
 def container_bits(bits: int) -> int:
     """The width a code takes in the file: MatMulNBits knows 2, 4 and 8.
 

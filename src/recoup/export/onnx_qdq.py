@@ -97,6 +97,15 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
     _check_installed(path, scheme)
 
 
+def kernel(scheme: Scheme, kind: type) -> str:
+    """The operators that hold it; what an engine fuses them to is the engine's."""
+    operator = (
+        "Gather" if issubclass(kind, CodedEmbedding) else "Conv" if issubclass(kind, CodedConv) else "MatMul"
+    )
+    pairs = "weights" if scheme.inputs is None else "weights and inputs"
+    return f"{operator} behind DequantizeLinear of {pairs}"
+
+
 def _check_weights(spec: QuantSpec) -> None:
     stored_type(spec.format)
     if spec.has_offset:

@@ -8,6 +8,7 @@ Into the file goes no pickle: tensors are raw bytes, the graph is JSON, and the 
 the places in somebody's source that the operators came from are left out.
 """
 
+import io
 import json
 import logging
 import warnings
@@ -78,7 +79,10 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
         "calls": [call._asdict() for call in _calls(program, places)],
     }
     _strip(program)
-    torch.export.save(program, folder / FILE, extra_files={NOTES: json.dumps(notes)})
+    # Through memory: on a disk that is full, torch's own writer ends the process.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={NOTES: json.dumps(notes)})
+    (folder / FILE).write_bytes(content.getbuffer())
 
 
 @torch.no_grad()

@@ -49,6 +49,15 @@ def check(path: str, scheme: Scheme) -> None:
         ) from None
 
 
+def kernel(scheme: Scheme, kind: type) -> str:
+    """The operator of torch that computes it; a matrix of very many columns is made float in any case."""
+    if issubclass(kind, CodedEmbedding):
+        return "embedding of integers made float"
+    if issubclass(kind, CodedConv):
+        return "conv of integers made float"
+    return "_int_mm" if multiplies_integers(scheme, 1) else "linear of integers made float"
+
+
 def _check_weights(spec: QuantSpec) -> None:
     if not isinstance(spec.format, IntFormat) or spec.global_scale or spec.has_offset:
         beside = " with offsets" if spec.has_offset else ""

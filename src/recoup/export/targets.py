@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,13 @@ class Target:
     """What a target can do. Its functions import their libraries themselves: an unused target costs nothing.
 
     Args:
+        extra: of recoup, that brings its packages.
+        packages: that it imports.
         check: (float or converted model, {module: (scheme, type of the converted module)}); raises ValueError
             for what the engine cannot run.
+        kernel: (scheme, type of the converted module) -> what computes it, or how it is stored.
+        split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
+            parts of every matrix on a device each.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
             a module knows; whoever calibrates calls it before measuring.
         write: (converted or float model, folder, example); the files of the tokenizer or image processor are
@@ -37,7 +43,11 @@ class Target:
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
     """
 
+    extra: str
+    packages: tuple[str, ...]
     check: Callable[[nn.Module, Quantized], None]
+    kernel: Callable[[Scheme, type], str]
+    split: Callable[[nn.Module, Quantized, int], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
     verify: Callable[[nn.Module, Path, Batch], Parity]
@@ -58,9 +68,21 @@ def _as_it_is(model: nn.Module) -> nn.Module:
     return model
 
 
+def _one_device(model: nn.Module, modules: Quantized, devices: int) -> None:
+    del model, modules
+    raise ValueError(
+        f"export.tensor_parallel: {devices} devices asked, this target runs on one; leave it out, or "
+        "export to compressed-tensors"
+    )
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
+        extra="onnx",
+        packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
         check=_of("onnx", "check"),
+        kernel=_of("onnx_nodes", "kernel"),
+        split=_one_device,
         settle=_as_it_is,
         write=_of("onnx", "write"),
         verify=_of("onnx_parity", "verify"),
@@ -73,7 +95,11 @@ TARGETS: dict[str, Target] = {
         ),
     ),
     "onnx-qdq": Target(
+        extra="onnx-qdq",
+        packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
         check=_of("onnx_qdq", "check_all"),
+        kernel=_of("onnx_qdq", "kernel"),
+        split=_one_device,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
         verify=_of("onnx_qdq_parity", "verify"),
@@ -81,7 +107,11 @@ TARGETS: dict[str, Target] = {
         costs=partial(compare_sizes, size_bytes=onnxruntime.size_bytes, unmeasured=onnx_standard.UNMEASURED),
     ),
     "compressed-tensors": Target(
+        extra="compressed-tensors",
+        packages=("compressed_tensors", "transformers"),
         check=_of("compressed_tensors", "check"),
+        kernel=_of("compressed_tensors_config", "kernel"),
+        split=_of("tensor_parallel", "check_split"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
         verify=_of("compressed_tensors_parity", "verify"),
@@ -89,7 +119,11 @@ TARGETS: dict[str, Target] = {
         costs=partial(compare_sizes, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED),
     ),
     "pytorch": Target(
+        extra="",
+        packages=(),
         check=_of("pytorch", "check"),
+        kernel=_of("pytorch_modules", "kernel"),
+        split=_one_device,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
         verify=_of("pytorch_parity", "verify"),
@@ -102,7 +136,11 @@ TARGETS: dict[str, Target] = {
         ),
     ),
     "gguf": Target(
+        extra="gguf",
+        packages=("gguf", "xllamacpp", "transformers"),
         check=_of("gguf", "check"),
+        kernel=_of("gguf_blocks", "kernel"),
+        split=_one_device,
         settle=_as_it_is,
         write=_of("gguf", "write"),
         verify=_of("gguf_parity", "verify"),
@@ -128,3 +166,19 @@ def target_named(name: str) -> Target:
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"this version writes {', '.join(TARGETS)}"
         raise ValueError(f"no export target {name!r}; {hint}")
     return TARGETS[name]
+
+
+def usable(name: str) -> Target:
+    """The target of that name, whose packages are installed; imports none of them.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+        ImportError: one is not installed; names the extra that brings it.
+    """
+    target = target_named(name)
+    for package in target.packages:
+        if find_spec(package) is None:
+            raise ImportError(
+                f"the {name} target needs {package}: pip install 'recoup[{target.extra}]'", name=package
+            )
+    return target

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from recoup.calibrate import calibrate
 from recoup.explain import Explanation, explain
-from recoup.export import export, preflight, target_named
+from recoup.export import export, preflight, usable
+from recoup.export.export import writing
 from recoup.export.targets import Target
 from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, measured, rung_json
@@ -131,6 +132,7 @@ def recover(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     gates, rungs = _gates(recipe), rungs_of(part, recipe)
+    target = usable(recipe.export.target)
     check_data(recipe, calibration, train)
     if part in ("export", "validate"):
         outcome_of_part(folder, recipe, part)
@@ -138,14 +140,13 @@ def recover(
     example = without_labels(calibration[0])
     fuse(model, example)
     plan = resolve(model, recipe)
-    preflight(model, plan, recipe.export.target)
+    preflight(model, plan, recipe.export.target, tensor_parallel=recipe.export.tensor_parallel)
     if not begun(folder):
         check_rungs(model, plan, recipe, calibration, train)
     given = None if baseline is None else _askable(baseline, gates)
     account = explain(model, plan)
 
     run = RunFolder(folder, recipe, identity_of(known))
-    target = target_named(recipe.export.target)
     if run.standing.step:
         done = ", ".join(["baseline", *(rung.name for rung in run.standing.rungs)])
         say(f"going on; measured already: {done}")
@@ -211,10 +212,10 @@ def _write_float_file(run: RunFolder, target: Target, model: nn.Module, example:
     if run.float_file.exists():
         return
     draft = run.float_file.with_name(".float")
-    draft.mkdir()
-    with busy("writing the float file"):
+    with writing(run.float_file), busy("writing the float file"):
+        draft.mkdir()
         target.write(model, draft, example)
-    draft.rename(run.float_file)
+        draft.rename(run.float_file)
 
 
 def _export(
@@ -229,7 +230,6 @@ def _export(
     standing = run.standing
     say(f"exporting {chosen.name} ({chosen.outcome}) for {recipe.export.target}")
     run.free_artefact()
-    run.save()
     with busy("exporting"):
         parity = export(model, run.artefact, recipe.export.target, example=example)
     run.record("export", rung=chosen.name, parity=parity.to_json())

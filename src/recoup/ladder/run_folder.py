@@ -31,6 +31,7 @@ from recoup.train.snapshot import to_disk
 
 RECIPE, PLAN, METRICS, RUN = "recipe.yaml", "plan.json", "metrics.jsonl", "run.json"
 _WORK, _DRAFT = "unfinished", ".unfinished"
+_OURS = (RECIPE, PLAN, METRICS, RUN, _WORK, "report.md", "report.html")
 
 
 class RunFolder:
@@ -56,7 +57,7 @@ class RunFolder:
         self.standing = _standing(facts, self.artefact)
         self.baseline: Mapping[str, Tensor] = parts.get("baseline", {})
         self.state: Mapping[str, Tensor] = parts.get("state", {})
-        _check_place(self.path, recipe.export.to, ours=self.standing.exporting)
+        _check_place(self.path, recipe.export.to)
         self.start = time.monotonic() - self.standing.seconds
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -113,11 +114,9 @@ class RunFolder:
         shutil.rmtree(self.path / _WORK)
 
     def free_artefact(self) -> None:
-        """Make room for an artefact; removes only what this run put there itself."""
-        inside = self.artefact.resolve().is_relative_to(self.path.resolve())
-        if self.artefact.is_dir() and (inside or self.standing.exporting):
+        """Make room for an artefact; its place is in the folder of the run, which belongs to it."""
+        if self.artefact.is_dir():
             shutil.rmtree(self.artefact)
-        self.standing.exporting = True
 
     def _clear(self, *, everything: bool) -> None:
         """Remove what belongs to no finished step."""
@@ -131,7 +130,6 @@ class RunFolder:
             for folder in (self.float_file, self.training):
                 shutil.rmtree(folder, ignore_errors=True)
             self.free_artefact()
-            self.standing.exporting = False
         write_text(self.path / METRICS, "".join(_lines(self.path / METRICS)[: self.standing.lines]))
 
     def _drafts(self) -> Iterator[Path]:
@@ -139,9 +137,8 @@ class RunFolder:
         mine = [f".*{_DRAFT}", f"{_WORK}/.*{_DRAFT}", f"{_WORK}/.float", ".report.md.*", ".report.html.*"]
         for pattern in mine:
             yield from (path for path in self.path.glob(pattern) if not path.is_symlink())
-        if self.artefact.resolve().is_relative_to(self.path.resolve()):
-            unproven = f".{glob.escape(self.artefact.name)}-{'?' * 8}"  # as `export` has it from tempfile
-            yield from (path for path in self.artefact.parent.glob(unproven) if not path.is_symlink())
+        unproven = f".{glob.escape(self.artefact.name)}-{'?' * 8}"  # as `export` has it from tempfile
+        yield from (path for path in self.artefact.parent.glob(unproven) if not path.is_symlink())
 
 
 def begun(path: str | Path) -> bool:
@@ -223,13 +220,14 @@ def _standing(facts: Mapping[str, Any] | None, artefact: Path) -> Standing:
     return standing
 
 
-def _check_place(folder: Path, to: str, *, ours: bool) -> None:
+def _check_place(folder: Path, to: str) -> None:
+    """A recipe writes into the folder of its run, links or not, and there where nothing else is written."""
+    first = Path(to).parts[0]
+    if first in _OURS or first.startswith("."):
+        raise ValueError(f"export.to: {to!r} is where the run itself lies; name another folder, as artefact")
     here, there = folder.resolve(), (folder / to).resolve()
-    if here.is_relative_to(there):
-        raise ValueError(f"export.to: {to!r} is where the run itself lies; name a folder in it")
-    taken = there.exists() and (not there.is_dir() or any(there.iterdir()))
-    if taken and not ours and not there.is_relative_to(here):
-        raise ValueError(f"export.to: {there} exists and is not empty; choose another folder, or remove it")
+    if here not in there.parents:
+        raise ValueError(f"export.to: {to!r} leads to {there}, out of the run's folder; remove the link")
 
 
 def _lines(file: Path) -> list[str]:

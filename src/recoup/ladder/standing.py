@@ -21,7 +21,6 @@ class Standing:
         rungs: measured, in the order in which they were climbed.
         errors: rung -> module -> the error that quantization adds.
         curve: of the training, an entry for each step.
-        exporting: the artefact's place is ours: it was free when the run came there.
         exported: the rung that the artefact was made of; None without one.
         parity: how close the file is to what was trained, in words.
         artefact: the exported file, measured.
@@ -34,7 +33,6 @@ class Standing:
     rungs: list[Rung] = field(default_factory=list[Rung])
     errors: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     curve: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-    exporting: bool = False
     exported: str | None = None
     parity: str = ""
     artefact: Rung | None = None

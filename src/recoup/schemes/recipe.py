@@ -6,7 +6,7 @@ the key and the nearest legal spelling.
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -66,6 +66,15 @@ def _known_losses(value: str | dict[str, float]) -> str | dict[str, float]:
     if not value:
         raise ValueError(f"an empty mixture of losses; there are {', '.join(LOSSES)}")
     return value
+
+
+def _inside(path: str) -> str:
+    """A path that leads into a folder wherever that is: a recipe may be anybody's."""
+    parts = PurePosixPath(path).parts
+    windows = PureWindowsPath(path)
+    if not parts or ".." in (*parts, *windows.parts) or path[0] in "~/" or windows.drive or windows.root:
+        raise ValueError(f"{path!r} is not in the run's folder; name a folder in it, as artefact")
+    return path
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -173,10 +182,17 @@ class TrainSettings(_Section):
 
 
 class ExportSettings(_Section):
-    """Where the artefact goes: a target of `recoup.export`, and a folder relative to the run's."""
+    """Where the artefact goes: a target of `recoup.export`, and a folder in the run's.
+
+    Args:
+        target: a key of `recoup.export.TARGETS`.
+        to: a name, or names with "/" between them; nothing outside the run's folder.
+        tensor_parallel: devices over which the engine will split every matrix; asked before any work.
+    """
 
     target: str = Field(default="onnx", min_length=1)
-    to: str = Field(default="artefact", min_length=1)
+    to: Annotated[str, AfterValidator(_inside)] = "artefact"
+    tensor_parallel: int = Field(default=1, ge=1)
 
 
 class TaskSettings(BaseModel):

@@ -73,7 +73,6 @@ class Settings(BaseModel):
         train_tokens: of training, drawn from all over the text; all that calibration leaves where absent.
         test_tokens: drawn from all over the text, the same ones for every seed; all where absent.
         deciles: slices for every tenth of the test tokens by frequency, not the rarest alone.
-        trust_remote_code: run Python files that lie beside the model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,11 +85,15 @@ class Settings(BaseModel):
     train_tokens: int | None = Field(default=None, ge=1)
     test_tokens: int | None = Field(default=None, ge=1)
     deciles: bool = False
-    trust_remote_code: bool = False
 
 
-def load(recipe: Recipe, folder: Path) -> Task:
+def load(recipe: Recipe, folder: Path, trust_remote_code: bool = False) -> Task:
     """Model, batches and measurement of a recipe. Reads and tokenizes both texts as a whole.
+
+    Args:
+        recipe: with this task.
+        folder: where relative paths start.
+        trust_remote_code: run Python files that lie beside the model.
 
     Raises:
         ValueError: model or text cannot be used; one line that says what was found and what to do.
@@ -111,16 +114,16 @@ def load(recipe: Recipe, folder: Path) -> Task:
     documents = {part: [text for text in found[part] if text.strip()] for part in found}
     source = model_folder(settings.model, folder)
     check(source)
-    config = read_config(source, trust_remote_code=settings.trust_remote_code)
+    config = read_config(source, trust_remote_code=trust_remote_code)
     check_context(config, settings.context, "task.context")
-    tokenizer = load_tokenizer(source, config, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(source, config, trust_remote_code=trust_remote_code)
 
     texts = _disjoint(documents["train"], documents["test"], tokenizer, settings.context)
     check_ids(len(texts.counts) - 1, source, config)
     test = _drawn(texts.test, settings.test_tokens, random.Random(MEASURING_SEED))
     calibration, train = _calibration_and_train(texts.train, recipe, settings)
     slices = _slices(test, texts.counts, every_decile=settings.deciles)
-    model, unused = load_causal_lm(source, trust_remote_code=settings.trust_remote_code)
+    model, unused = load_causal_lm(source, trust_remote_code=trust_remote_code)
     named = {path.name: path for path in files_of(source)} | files["train"] | files["test"]
     written = (settings.model, *files["train"], *files["test"])
     return Task(
@@ -151,12 +154,12 @@ def load(recipe: Recipe, folder: Path) -> Task:
     )
 
 
-def load_model(recipe: Recipe, folder: Path) -> nn.Module:
+def load_model(recipe: Recipe, folder: Path, trust_remote_code: bool = False) -> nn.Module:
     """The float model of a recipe, without data. Raises as `load` does."""
     settings = _settings(recipe)
     source = model_folder(settings.model, folder)
     check(source)
-    return load_causal_lm(source, trust_remote_code=settings.trust_remote_code)[0]
+    return load_causal_lm(source, trust_remote_code=trust_remote_code)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,11 @@ def folder_of_gguf(package: Path, to: Path, *, file: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {"gguf_file": Path(file).name, "local_files_only": True}
+    source: dict[str, Any] = {
+        "gguf_file": Path(file).name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
     folder = (package / file).parent
     with busy("rebuilding the model from GGUF, once; about two minutes"), quiet():
         read: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)

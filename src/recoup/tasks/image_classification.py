@@ -94,7 +94,7 @@ class Source(NamedTuple):
     facts: dict[str, str]
 
 
-def load(recipe: Recipe, folder: Path) -> Task:
+def load(recipe: Recipe, folder: Path, trust_remote_code: bool = False) -> Task:
     """Model, batches and measurement of a recipe; measures the float model once.
 
     Raises:
@@ -120,7 +120,7 @@ def load(recipe: Recipe, folder: Path) -> Task:
             "those, or take qat out of rungs"
         )
 
-    source = _source(settings, folder)
+    source = _source(settings, folder, trust_remote_code)
     parameters = list(inspect.signature(source.model.forward).parameters)
     batches = Batches(
         pictures=test, pixels=_pixels(settings, source), size=settings.batch_size, argument=parameters[0]
@@ -158,10 +158,10 @@ def load(recipe: Recipe, folder: Path) -> Task:
     )
 
 
-def load_model(recipe: Recipe, folder: Path) -> nn.Module:
+def load_model(recipe: Recipe, folder: Path, trust_remote_code: bool = False) -> nn.Module:
     """The float model of a recipe, without data. Raises as `load` does."""
     assert recipe.task is not None
-    return _source(parse(Settings, recipe.task.settings, "task"), folder).model
+    return _source(parse(Settings, recipe.task.settings, "task"), folder, trust_remote_code).model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ def _unseen(train: list[Picture], test: list[Picture], where: Path, test_place: 
     return unseen
 
 
-def _source(settings: Settings, folder: Path) -> Source:
+def _source(settings: Settings, folder: Path, trust_remote_code: bool) -> Source:
     if re.fullmatch(_ENTRY, settings.model) and not settings.model.startswith("asset:"):
         module, function = entry_point(settings.model, folder, "task.model")
         model: Any = function()
@@ -261,7 +261,7 @@ def _source(settings: Settings, folder: Path) -> Source:
     _need("transformers")
     found = model_folder(settings.model, folder)
     check(found, tokenizer=False)
-    model, unused = load_image_classifier(found)
+    model, unused = load_image_classifier(found, trust_remote_code=trust_remote_code)
     facts = {"model": settings.model, **{f"sha256 {path.name}": sha256_of(path) for path in files_of(found)}}
     return Source(model, found, facts | {"stored weights without use": ", ".join(unused) or "none"})
 

@@ -2,7 +2,7 @@
 
 transformers repairs in silence what is missing: a folder without tokenizer files gives a tokenizer of five
 words, and weights that are not in the file are drawn at random. Both are errors here. So is code in the
-folder that would have to run, unless the recipe trusts it.
+folder that would have to run, unless whoever gave the command trusts it.
 """
 
 import inspect
@@ -15,10 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from recoup.engines.transformers import quiet
+from recoup.engines.safetensors_file import check_safetensors
+from recoup.engines.transformers import kernel_of, quiet
 from recoup.tasks.assets import PREFIX, locate
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # never pickle
+_READ_IT = "read it, then give the command --trust-remote-code to run it"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "*.bpe.model", "spiece.model")
 
 
@@ -56,7 +58,7 @@ def model_folder(model: str, folder: Path) -> Path:
 
 
 def check(folder: Path, *, tokenizer: bool = True) -> None:
-    """Every file of a model is there, and every safetensors file is as long as its header says.
+    """Every file of a model is there, and every safetensors file is whole.
 
     Args:
         folder: of the model.
@@ -77,8 +79,7 @@ def check(folder: Path, *, tokenizer: bool = True) -> None:
             )
     for path in sorted(folder.glob("*.safetensors.index.json")):
         _check_shards(path)
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_length(path)
+    check_safetensors(folder)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -86,12 +87,12 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for pattern in FILES for path in folder.glob(pattern))
 
 
-def read_config(folder: Path, *, trust_remote_code: bool | None = None) -> Any:
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration.
 
     Args:
         folder: of the model.
-        trust_remote_code: what the recipe says; None for a task that runs no code of a model.
+        trust_remote_code: run Python files that lie beside the model.
 
     Raises:
         ValueError: transformers does not know the kind of model, its class is code in the folder that is not
@@ -100,14 +101,14 @@ def read_config(folder: Path, *, trust_remote_code: bool | None = None) -> Any:
     from transformers import AutoConfig
 
     if not trust_remote_code:
-        _refuse_code(folder, trust_remote_code)
+        _refuse_code(folder)
     with quiet():
         try:
             config: Any = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=bool(trust_remote_code)
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise _unloadable(folder, "it", error, trust_remote_code) from error
+            raise _unloadable(folder, "it", error) from error
     quantized: Any = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else type(quantized).__name__
@@ -115,7 +116,7 @@ def read_config(folder: Path, *, trust_remote_code: bool | None = None) -> Any:
     return config
 
 
-def load_encoder(folder: Path) -> tuple[nn.Module, list[str]]:
+def load_encoder(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
     """The encoder in float32 and eval mode, and the names of stored tensors that it has no use for.
 
     It has no pooler where the class can leave it out: mean pooling never asks it, and nobody should
@@ -127,12 +128,12 @@ def load_encoder(folder: Path) -> tuple[nn.Module, list[str]]:
     """
     from transformers import MODEL_MAPPING, AutoModel
 
-    config = read_config(folder)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": "eager"}
     encoder = cast(Any, MODEL_MAPPING).get(type(config), None)  # a tuple where one config has several models
     if inspect.isclass(encoder) and "add_pooling_layer" in inspect.signature(encoder).parameters:
         options["add_pooling_layer"] = False
-    return _load(AutoModel, folder, config, options)
+    return _load(AutoModel, folder, config, options, trust_remote_code)
 
 
 def load_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
@@ -152,7 +153,7 @@ def load_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn
     return _load(AutoModelForCausalLM, folder, config, {}, trust_remote_code)
 
 
-def load_image_classifier(folder: Path) -> tuple[nn.Module, list[str]]:
+def load_image_classifier(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
     """The classifier in float32 and eval mode, and the names of stored tensors that it has no use for.
 
     Raises:
@@ -160,12 +161,14 @@ def load_image_classifier(folder: Path) -> tuple[nn.Module, list[str]]:
     """
     from transformers import AutoModelForImageClassification
 
-    return _load(
-        AutoModelForImageClassification, folder, read_config(folder), {"attn_implementation": "eager"}
+    config, options = (
+        read_config(folder, trust_remote_code=trust_remote_code),
+        {"attn_implementation": "eager"},
     )
+    return _load(AutoModelForImageClassification, folder, config, options, trust_remote_code)
 
 
-def load_tokenizer(folder: Path, config: Any, *, trust_remote_code: bool | None = None) -> Any:
+def load_tokenizer(folder: Path, config: Any, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer, whose vocabulary the model has embeddings for.
 
     Tokens that were added to the vocabulary may lie beyond: they stand in few texts. `check_ids` sees those.
@@ -173,7 +176,7 @@ def load_tokenizer(folder: Path, config: Any, *, trust_remote_code: bool | None 
     Args:
         folder: of the model.
         config: of the model.
-        trust_remote_code: what the recipe says; None for a task that runs no code of a model.
+        trust_remote_code: run Python files that lie beside the model.
 
     Raises:
         ValueError: transformers cannot load it, or its vocabulary is larger than the model's.
@@ -183,10 +186,10 @@ def load_tokenizer(folder: Path, config: Any, *, trust_remote_code: bool | None 
     with quiet():
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=bool(trust_remote_code)
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:
-            raise _unloadable(folder, "its tokenizer", error, trust_remote_code) from error
+            raise _unloadable(folder, "its tokenizer", error) from error
     rows: int = config.get_text_config().vocab_size
     if tokenizer.vocab_size > rows:
         raise ValueError(
@@ -227,7 +230,7 @@ def check_context(config: Any, tokens: int, key: str) -> None:
 
 
 def _load(
-    auto: Any, folder: Path, config: Any, options: dict[str, Any], trust_remote_code: bool | None = None
+    auto: Any, folder: Path, config: Any, options: dict[str, Any], trust_remote_code: bool
 ) -> tuple[nn.Module, list[str]]:
     """What transformers makes of the folder in float32 and eval mode, and what it has no use for."""
     with quiet():
@@ -240,11 +243,11 @@ def _load(
                 local_files_only=True,
                 output_loading_info=True,
                 # Not None, for which transformers would ask at the terminal.
-                trust_remote_code=bool(trust_remote_code),
+                trust_remote_code=trust_remote_code,
                 **options,
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise _unloadable(folder, "it", error, trust_remote_code) from error
+            raise _unloadable(folder, "it", error) from error
     absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
         raise ValueError(
@@ -254,68 +257,46 @@ def _load(
     return model.eval(), sorted(found["unexpected_keys"])
 
 
-def _refuse_code(folder: Path, trust_remote_code: bool | None) -> None:
+def _refuse_code(folder: Path) -> None:
     """Where transformers has the classes itself, it does not ask for the folder's; else they would run."""
     from transformers import CONFIG_MAPPING
 
     try:
         config: Any = json.loads((folder / "config.json").read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return  # transformers says what is wrong with it
-    code: Any = config.get("auto_map") if isinstance(config, Mapping) else None
+    if not isinstance(config, Mapping):
+        return
+    if (kernel := kernel_of(config)) is not None:
+        raise ValueError(f"{folder}: its attention is code of {kernel}, not part of transformers; {_READ_IT}")
+    code: Any = config.get("auto_map")
     if not code or config.get("model_type") in CONFIG_MAPPING:
         return
     listed = [value if isinstance(value, list) else [value] for value in code.values()]
     modules = sorted({f"{name.rpartition('.')[0]}.py" for names in listed for name in names if name})
     raise ValueError(
         f"{folder}: its class is not part of transformers but code of its own ({', '.join(modules)}); "
-        f"{_remedy(trust_remote_code)}"
+        f"{_READ_IT}"
     )
-
-
-def _remedy(trust_remote_code: bool | None) -> str:
-    """What to do about a model that comes with code."""
-    if trust_remote_code is None:
-        return "this task runs no code of a model; bring one whose class is part of transformers"
-    return "read it, then write trust_remote_code: true under task to run it"
 
 
 def _check_shards(index: Path) -> None:
     """Every file that the index of a model in several files names is there."""
     try:
         shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: not an index of safetensors files; fetch it again") from None
     for shard in shards:
+        if Path(shard).name != shard:
+            raise ValueError(f"{index}: names {shard}, which is no file of its folder; fetch it again")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(
                 f"task.model: no {shard} in {index.parent}, which {index.name} names; fetch it again"
             )
 
 
-def _check_length(path: Path) -> None:
-    """A safetensors file is 8 bytes of header length, a JSON header, and the tensors it lists."""
-    found = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length < found else b""
-    try:
-        tensors: dict[str, Any] = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{path}: not a safetensors file ({found} bytes, no readable header); "
-            "fetch it again (a git-lfs pointer needs `git lfs pull`)"
-        ) from None
-    expected = 8 + length + max(ends, default=0)
-    if found != expected:
-        raise ValueError(
-            f"{path}: {expected} bytes expected, {found} found; the file is damaged, fetch it again"
-        )
-
-
-def _unloadable(folder: Path, what: str, error: Exception, trust_remote_code: bool | None) -> ValueError:
-    remedy = f"; {_remedy(trust_remote_code)}" if "trust_remote_code" in str(error) else ""
+def _unloadable(folder: Path, what: str, error: Exception) -> ValueError:
+    remedy = f"; {_READ_IT}" if "trust_remote_code" in str(error) else ""
     return ValueError(f"{folder}: transformers cannot load {what} ({_line(error)}){remedy}")
 
 

@@ -81,7 +81,7 @@ class Settings(BaseModel):
     rare_below: float = Field(default=0.1, ge=0, lt=1)
 
 
-def load(recipe: Recipe, folder: Path) -> Task:
+def load(recipe: Recipe, folder: Path, trust_remote_code: bool = False) -> Task:
     """Model, batches and measurement of a recipe; embeds probe and test documents once with the float model.
 
     Raises:
@@ -118,8 +118,8 @@ def load(recipe: Recipe, folder: Path) -> Task:
 
     source = model_folder(settings.model, folder)
     check(source)
-    model, unused = load_encoder(source)
-    tokenizer = load_tokenizer(source, model.config)
+    model, unused = load_encoder(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, model.config, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         raise ValueError(f"{source}: the tokenizer has no padding token; set pad_token and save it again")
     check_context(model.config, settings.max_tokens, "task.max_tokens")
@@ -171,14 +171,14 @@ def load(recipe: Recipe, folder: Path) -> Task:
     )
 
 
-def load_model(recipe: Recipe, folder: Path) -> nn.Module:
+def load_model(recipe: Recipe, folder: Path, trust_remote_code: bool = False) -> nn.Module:
     """The float model of a recipe, without data. Raises as `load` does."""
     assert recipe.task is not None
     settings = parse(Settings, recipe.task.settings, "task")
     need(*NEEDS)
     source = model_folder(settings.model, folder)
     check(source)
-    return load_encoder(source)[0]
+    return load_encoder(source, trust_remote_code=trust_remote_code)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from recoup.engines.safetensors_file import read_safetensors
 
 FACTS = "facts.json"
 _UNFINISHED = ".unfinished"
@@ -76,10 +78,12 @@ def read_snapshot(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         for name, expected in found["files"].items():
             if _sha256(_file(folder, name)) != expected:
                 raise DamagedError(f"{folder}: {_file(folder, name).name} is not as it was written")
-        return {name: load_file(_file(folder, name)) for name in found["files"]}, found["facts"]
+        return {name: read_safetensors(_file(folder, name)) for name in found["files"]}, found["facts"]
+    except DamagedError:
+        raise
     except FileNotFoundError as error:
         raise DamagedError(f"{folder}: {Path(str(error.filename)).name} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedError(f"{folder}: cannot be read ({error})") from None
 
 

@@ -1,0 +1,87 @@
+"""Whether a model can be split over several devices as vLLM splits it, with every scale beside its codes.
+
+vLLM cuts some matrices into rows and others into columns, one part to a device (`--tensor-parallel-size`).
+Which is which, a model of transformers says itself: its `tp_plan`. A part must hold whole blocks of codes, as
+many as it has scales, and whole words of packed codes (vLLM's `layers/linear.py`, `validate_fp8_block_shape`,
+and its packed parameters). What stays in float, and the output matrix, which vLLM pads, are not looked at.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from recoup.export.compressed_tensors_config import PACKED, layout
+from recoup.schemes import Scheme
+
+_WORD = 32  # bits
+_KEYS_AND_VALUES = ("k_proj", "v_proj")
+_JOINED = ("qkv_proj", "gate_up_proj")
+
+
+def check_split(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]], devices: int) -> None:
+    """Can vLLM serve this on so many devices?
+
+    Args:
+        model: float, of transformers.
+        modules: what is quantized, by name.
+        devices: of `--tensor-parallel-size`.
+
+    Raises:
+        ValueError: no plan, or a matrix or the heads of attention cannot be split; names it and what can be.
+    """
+    plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
+    if not plan:
+        raise ValueError(
+            f"export.tensor_parallel: transformers has no tp_plan for {type(model).__name__}, so nothing is "
+            "known of how it is split; leave it out"
+        )
+    if wrong := _heads(model, devices):
+        raise ValueError(f"export.tensor_parallel: {wrong} cannot be dealt to {devices} devices")
+    for path, (scheme, _) in modules.items():
+        style = next((style for match, style in plan.items() if fnmatchcase(path, match)), "")
+        if path.endswith("lm_head") or not style:
+            continue
+        if wrong := _cut(model, path, scheme, style, devices):
+            fewer = (n for n in range(2, devices) if not _heads(model, n))
+            legal = [1, *(n for n in fewer if not _cut(model, path, scheme, style, n))]
+            raise ValueError(
+                f"{path}: {wrong} on {devices} devices; split it over {', '.join(map(str, legal))}, or "
+                "change the scheme by a rule"
+            )
+
+
+def _heads(model: nn.Module, devices: int) -> str:
+    """Which heads cannot be dealt out; those of keys and values are repeated where they are fewer."""
+    config: Any = model.config
+    heads = getattr(config, "num_attention_heads", devices)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    if heads % devices:
+        return f"{heads} heads of queries"
+    return f"{shared} heads of keys and values" if shared % devices and devices % shared else ""
+
+
+def _cut(model: nn.Module, path: str, scheme: Scheme, style: str, devices: int) -> str:
+    """What the split would cut; empty if nothing."""
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    rows, columns = scheme.weights.granularity.rows, scheme.weights.granularity.columns
+    name = path.rpartition(".")[2]
+    if "rowwise" in style:  # of the transposed matrix
+        part, left = divmod(linear.in_features, devices)
+        if left or (columns is not None and part % columns):
+            return f"{linear.in_features} columns cannot be split into whole groups of {columns or 1}"
+        if layout(scheme).format == PACKED and part * scheme.weights.format.bits % _WORD:
+            return f"{part} codes of {scheme.weights.format.bits} bits do not fill words of {_WORD}"
+        return ""
+    if "colwise" not in style:
+        return ""
+    if name in _JOINED and rows not in (1, None) and devices > 1:
+        return f"blocks of {rows} rows in a matrix of several joined ones are not known to be whole"
+    config: Any = model.config
+    shared = getattr(config, "num_key_value_heads", None) or devices
+    part, left = divmod(linear.out_features, min(devices, shared) if name in _KEYS_AND_VALUES else devices)
+    if left or (rows is not None and part % rows):
+        return f"{linear.out_features} rows cannot be split into whole blocks of {rows or 1}"
+    return ""

@@ -1,0 +1,113 @@
+"""What vLLM would cut on several devices is refused before any work."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+from recoup import Recipe, Scheme, resolve
+from recoup.export import preflight
+from recoup.numerics import IntFormat, per_channel
+from recoup.schemes import PRESETS
+
+SIZES: dict[str, Any] = {"vocab_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+
+
+def llama(**others: Any) -> nn.Module:
+    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | sizes | others)))
+
+
+def phi(**others: Any) -> nn.Module:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    return Phi3ForCausalLM(Phi3Config(**(SIZES | sizes | others)))
+
+
+CHANNELS = {
+    bits: Scheme(
+        name=f"w{bits}-channels",
+        weights=replace(PRESETS["w4a16"].weights, format=IntFormat(bits), granularity=per_channel),
+    )
+    for bits in (3, 4, 8)
+}
+DOWN, KEYS = r"^model\.layers\.0\.mlp\.down_proj: ", r"^model\.layers\.0\.self_attn\.k_proj: "
+REFUSED: dict[str, tuple[nn.Module, Scheme | str, int, str]] = {
+    "a group": (
+        llama(), "w4a16-g128", 4,
+        DOWN + r"768 columns cannot be split into whole groups of 128 on 4 devices; split it over 1, 2, "),
+    "a block of one head": (llama(), "fp8-block", 4, KEYS + r"128 rows cannot be split into whole blocks"),
+    "a block's rows": (
+        llama(hidden_size=1024), "fp8-block", 4,
+        r"gate_proj: 768 rows cannot be split into whole blocks of 128 on 4 devices; split it over 1, 2, or"),
+    "packed words": (
+        llama(intermediate_size=544), CHANNELS[3], 8,
+        DOWN + r"68 codes of 3 bits do not fill words of 32 on 8 devices; split it over 1, or "),
+    "columns": (
+        llama(intermediate_size=513), CHANNELS[8], 2, "gate_proj: 513 rows cannot be split into whole"),
+    "heads": (llama(), "w4a16", 3, r"^export\.tensor_parallel: 8 heads of queries cannot be dealt"),
+    "shared heads": (
+        llama(num_attention_heads=16, num_key_value_heads=16, hidden_size=512), "w4a16", 32,
+        "16 heads of queries cannot"),
+    "heads of keys": (
+        llama(num_attention_heads=12, num_key_value_heads=3, hidden_size=768), "w4a16", 4,
+        "3 heads of keys and values cannot be dealt to 4 devices"),
+    "joined matrices": (
+        phi(hidden_size=256), "fp8-block", 2, "qkv_proj: blocks of 128 rows in a matrix of several"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "scheme", "devices", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_would_be_cut_is_refused(
+    model: nn.Module, scheme: Scheme | str, devices: int, message: str
+) -> None:
+    plan = resolve(model, scheme)
+    with pytest.raises(ValueError, match=message) as error:
+        preflight(model, plan, "compressed-tensors", tensor_parallel=devices)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_transformers_has_no_plan_for_is_refused() -> None:
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_attention_heads": 2, "word_embed_proj_dim": 32}
+    rules = [{"match": "*.embed_positions", "scheme": "none"}]
+    model = OPTForCausalLM(OPTConfig(**SIZES, **sizes))
+    plan = resolve(model, Recipe.model_validate({"scheme": "w4a16", "rules": rules}))
+    with pytest.raises(ValueError, match=r"^export\.tensor_parallel: transformers has no tp_plan for OPTFor"):
+        preflight(model, plan, "compressed-tensors", tensor_parallel=2)
+
+
+RUNS: dict[str, tuple[nn.Module, Scheme | str, int]] = {
+    "groups": (llama(), "w4a16-g128", 2),
+    "smaller groups": (llama(), "w4a16", 4),
+    "more devices than heads of keys": (llama(intermediate_size=1024), "w4a16", 8),
+    "words": (llama(intermediate_size=1024), CHANNELS[3], 4),
+    "channels": (llama(), CHANNELS[4], 4),
+    "tensors": (llama(), "fp8-static", 8),
+    "blocks": (llama(hidden_size=1024, intermediate_size=1024), "fp8-block", 4),
+    "joined matrices": (phi(), "w4a16", 2),
+}
+
+
+@pytest.mark.parametrize(("model", "scheme", "devices"), RUNS.values(), ids=RUNS)
+def test_whole_parts_are_let_through(model: nn.Module, scheme: Scheme | str, devices: int) -> None:
+    kernels = preflight(model, resolve(model, scheme), "compressed-tensors", tensor_parallel=devices)
+    assert kernels
+    assert all(name.endswith("-quantized") for name in kernels.values())
+
+
+@pytest.mark.parametrize("target", ["onnx", "pytorch", "gguf"])
+def test_other_targets_run_on_one_device(target: str) -> None:
+    model = llama(hidden_size=64, intermediate_size=64)
+    plan = resolve(model, "q8_0" if target == "gguf" else "w8a8")
+    with pytest.raises(
+        ValueError, match=r"^export\.tensor_parallel: 2 devices asked, this target runs on one"
+    ):
+        preflight(model, plan, target, tensor_parallel=2)
