@@ -431,13 +431,13 @@ def added(name: str, content: bytes) -> Callable[[Records], None]:
 
 HOSTILE: dict[str, tuple[Callable[[Records], None], str]] = {
     "example inputs": (added("data/sample_inputs/model.pt", b"pickle"), "pickled example inputs"),
-    "a custom object": (added("data/constants/custom_obj_0", b"pickle"), "the record model/data/constants"),
+    "a custom object": (added("data/constants/custom_obj_0", b"pickle"), "the record archive/data/constants"),
     "an opaque object": (
         added("data/constants/opaque_obj_0", b"pickle"),
-        "the record model/data/constants",
+        "the record archive/data/constants",
     ),
-    "legacy weights": (added("data/weights/model.pt", b"pickle"), "the record model/data/weights/model.pt"),
-    "a library": (added("data/aotinductor/model/a.so", b"ELF"), "the record model/data/aotinductor"),
+    "legacy weights": (added("data/weights/model.pt", b"pickle"), "the record archive/data/weights/model.pt"),
+    "a library": (added("data/aotinductor/model/a.so", b"ELF"), "the record archive/data/aotinductor"),
     "a pickled tensor": (
         edited("model_weights_config.json", '"use_pickle": false', '"use_pickle": true'),
         "a pickled tensor",

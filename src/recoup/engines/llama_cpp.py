@@ -83,6 +83,7 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_server.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            start_new_session=True,  # Ctrl-C is for whoever asks, who ends this one
         )  # fmt: skip
         weakref.finalize(self, _end, self._process, self._log)
         asked = {
