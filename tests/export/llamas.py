@@ -57,6 +57,7 @@ NAMES = [
         "w3a8",
         "w4a8",
         "w4afp8",
+        "w4afp8-g128",
         "w8a8",
         "w8a8-static",
     ),
@@ -84,6 +85,7 @@ def llama(*, tied: bool = False) -> PreTrainedModel:
         max_position_embeddings=16,
         tie_word_embeddings=tied,
         attention_bias=True,
+        mlp_bias=True,
         bos_token_id=1,
         eos_token_id=2,
     )
