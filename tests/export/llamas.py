@@ -17,7 +17,7 @@ from transformers import (
 from recoup import Recipe, Scheme, calibrate, convert, export, prepare, resolve
 from recoup.export import TARGETS, Parity
 from recoup.nn import CodedLinear
-from recoup.numerics import BFLOAT16, FLOAT16, IntFormat, per_channel
+from recoup.numerics import BFLOAT16, FLOAT16, IntFormat, per_channel, per_tensor
 from recoup.schemes import PRESETS, preset
 
 TARGET = TARGETS["compressed-tensors"]
@@ -39,6 +39,9 @@ def _own() -> list[Scheme]:
         Scheme(name="float16-scales", weights=replace(grouped, scale_format=FLOAT16)),
         Scheme(name="learned", weights=replace(grouped, ranges="learned")),
         Scheme(name="fp8-mixed", weights=fp8.weights, inputs=static.inputs),
+        Scheme(name="fp8-tensor", weights=static.weights, inputs=fp8.inputs),
+        Scheme(name="w8a8-tensor", weights=replace(PRESETS["w8a8"].weights, granularity=per_tensor),
+               inputs=PRESETS["w8a8"].inputs),
         Scheme(name="mxfp8a16", weights=PRESETS["mxfp8"].weights),
     ]  # fmt: skip
 
@@ -54,6 +57,7 @@ NAMES = [
         "w3a8",
         "w4a8",
         "w4afp8",
+        "w4afp8-g128",
         "w8a8",
         "w8a8-static",
     ),
@@ -61,8 +65,8 @@ NAMES = [
 ]
 SCHEMES = {scheme.name: scheme for scheme in (*map(preset, NAMES), *_own())}
 FORMATS = {
-    "int-quantized": {"w8a8", "w8a8-static"},
-    "float-quantized": {"fp8", "fp8-static", "fp8-block", "fp8-mixed"},
+    "int-quantized": {"w8a8", "w8a8-static", "w8a8-tensor"},
+    "float-quantized": {"fp8", "fp8-static", "fp8-block", "fp8-mixed", "fp8-tensor"},
     "mxfp8-quantized": {"mxfp8", "mxfp8a16"},
     "mxfp4-pack-quantized": {"mxfp4", "mxfp4a16"},
     "nvfp4-pack-quantized": {"nvfp4", "nvfp4a16"},
@@ -74,13 +78,14 @@ def llama(*, tied: bool = False) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=WIDTH,
-        intermediate_size=WIDTH,
+        intermediate_size=2 * WIDTH,  # several blocks of 128 x 128
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=16,
         tie_word_embeddings=tied,
         attention_bias=True,
+        mlp_bias=True,
         bos_token_id=1,
         eos_token_id=2,
     )

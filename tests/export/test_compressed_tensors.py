@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
 )
 
-from recoup import Recipe, convert, export
+from recoup import Recipe, calibrate, convert, export, prepare, resolve
 from recoup.export import Parity, ParityError
 from recoup.numerics import BFLOAT16, E8M0, FLOAT16, dequantize
 
@@ -111,6 +113,8 @@ def test_another_decoder_reads_the_trained_weights(
             decoded(path, tensors, group), trained.numpy()[ROWS], rtol=3 * 2**-24, atol=0
         )
     assert found.parity.modules == 7
+    assert found.parity.divergence is not None
+    assert 0 <= found.parity.divergence < 0.01
     assert found.parity.codes == sum(m.weight.codes.numel() for m in found.coded.values())
 
 
@@ -301,6 +305,31 @@ def test_several_schemes_are_several_groups(tmp_path: Path) -> None:
         ([f"{mlp}.gate_proj", f"{mlp}.up_proj"], "int-quantized"),
     ]
     assert quantization["ignore"] == [f"{mlp}.down_proj", "lm_head"]
+
+
+def test_every_other_format_stands_beside_others(tmp_path: Path) -> None:
+    formats = {
+        "self_attn.[qkv]_proj": ("nvfp4", "nvfp4-pack-quantized"),
+        "self_attn.o_proj": ("mxfp8", "mxfp8-quantized"),
+        "mlp.[gu]*_proj": ("mxfp4", "mxfp4-pack-quantized"),
+    }
+    rules = [{"match": f"*.{where}", "scheme": scheme} for where, (scheme, _) in formats.items()]
+    found = written(Recipe.model_validate({"scheme": "fp8-block", "rules": rules}), tmp_path / "out")
+    quantization = found.config["quantization_config"]
+    assert quantization["format"] == "mixed-precision"
+    assert [group["format"] for group in quantization["config_groups"].values()] == [
+        *(format_ for _, format_ in formats.values()),
+        "float-quantized",
+    ]
+    assert found.parity.modules == 7
+
+
+def test_an_encoder_says_no_next_words(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertModel(BertConfig(vocab_size=16, hidden_size=32, **sizes)).eval()
+    prepared = calibrate(prepare(model, resolve(model, "w8a8-static")), [batch()])
+    parity = export(prepared, tmp_path / "out", "compressed-tensors", processor=Processor())
+    assert (parity.modules, parity.divergence, parity.same_word) == (7, None, None)
 
 
 def test_a_bfloat16_model_makes_a_bfloat16_folder(tmp_path: Path) -> None:

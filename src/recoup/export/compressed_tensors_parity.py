@@ -18,13 +18,14 @@ from recoup.engines.safetensors_file import read_safetensors
 from recoup.engines.transformers import load
 from recoup.export import compressed_tensors as writer
 from recoup.export import compressed_tensors_config as schema
-from recoup.export.parity import Parity, ParityError, end_to_end
+from recoup.export.parity import Parity, ParityError, divergence, end_to_end
 from recoup.nn import Batch, CodedLinear, Codes, FakeQuantizer, call, size_of
 from recoup.numerics import IntFormat, dequantize
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _TINY = torch.finfo(torch.float32).tiny
 _BFLOAT16 = 2.0**-8  # its unit roundoff
+_LATTICES = 2  # the library derives dynamic scales of inputs by rules of its own
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     Every code and scale in the bytes equals the trained one, and the folder quantizes these modules and no
     others. Loaded by transformers, every kept tensor is the model's, every decompressed weight is what its
     codes stand for, every module's output is within its bound, and the outputs differ by no more than
-    rounding explains.
+    rounding explains; so do a language model's next words.
 
     Raises:
         ParityError: one of these does not hold; names it.
@@ -58,19 +59,29 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     _same_modules("transformers, reading config.json, quantizes", described, coded)
     _same_dense_tensors(model, coded, engine)
     outputs, worst = _compared(coded, engine, example)
+    reference, roundoff = _as_stored(model, engine), max(map(_roundoff, coded.values()))
+    drift = end_to_end(
+        reference, outputs, example, engine="transformers", lattices=_LATTICES, weight_roundoff=roundoff
+    )
+    nats = same = None
+    if _speaks(model):
+        words = outputs.logits.log_softmax(dim=-1)
+        nats, same = divergence(
+            _Words(reference),
+            words,
+            example,
+            engine="transformers",
+            lattices=_LATTICES,
+            weight_roundoff=roundoff,
+        )
     return Parity(
         modules=len(coded),
         codes=codes,
         scales=scales,
         worst_module=worst,
-        end_to_end=end_to_end(
-            _as_stored(model, engine),
-            outputs,
-            example,
-            engine="transformers",
-            lattices=2,
-            weight_roundoff=max(map(_roundoff, coded.values())),
-        ),
+        end_to_end=drift,
+        divergence=nats,
+        same_word=same,
     )
 
 
@@ -240,6 +251,25 @@ def _input_slack(quantizer: nn.Module, x: Tensor) -> Tensor:
     grid = quantizer.spec.format
     relative = 0.0 if isinstance(grid, IntFormat) else 2.0**-grid.mantissa_bits
     return 1.5 * torch.maximum(quantizer(x).abs() * relative, step * grid.floor)
+
+
+def _speaks(model: nn.Module) -> bool:
+    """A causal language model: its logits are of next words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+class _Words(nn.Module):
+    """What a language model says of the next word: log-probabilities (samples, tokens, words)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the model is called."""
+        return self.model(*args, **kwargs).logits.log_softmax(dim=-1)
 
 
 def _as_stored(model: nn.Module, engine: nn.Module) -> nn.Module:

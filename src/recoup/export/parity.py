@@ -123,7 +123,13 @@ def end_to_end(
 
 
 def divergence(
-    model: nn.Module, outputs: Tensor, example: Batch, *, engine: str, lattices: int = 1
+    model: nn.Module,
+    outputs: Tensor,
+    example: Batch,
+    *,
+    engine: str,
+    lattices: int = 1,
+    weight_roundoff: float = 0.0,
 ) -> tuple[float, float]:
     """How far an engine's next words are from the trained model's: mean nats, and the share of same words.
 
@@ -138,6 +144,7 @@ def divergence(
         example: the batch that they are for.
         engine: its name.
         lattices: see `end_to_end`.
+        weight_roundoff: likewise.
 
     Raises:
         ParityError: it is more than that explains.
@@ -145,7 +152,7 @@ def divergence(
     trained = call(model, example)
     with quantization_off(model):
         plain = call(model, example)
-        with _shaken(model, 0.0):
+        with _shaken(model, weight_roundoff):
             rounding = _nats(plain, call(model, example))
     found = _nats(trained, outputs)
     allowed = (3 * rounding**0.5 + lattices * _nats(trained, plain) ** 0.5) ** 2
