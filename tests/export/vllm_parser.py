@@ -4,9 +4,9 @@
 
 makes a virtual environment in VENV, which has vLLM and the compressed-tensors that it pins, and sees the
 packages of this one behind them (torch among them); writes a folder of every scheme of `llamas.SCHEMES`; and
-has vLLM parse config.json, choose a scheme for every layer, and make place for its tensors, on a pretended GPU
-of each capability in `GPUS`. No kernel is chosen and none runs: it shows which class of vLLM takes a layer, and
-that the tensors which that wants are those in the file, by name and shape.
+has vLLM parse config.json, choose a scheme for every layer, and make place for its tensors, on a pretended
+GPU of each capability in `GPUS`. No kernel is chosen and none runs: it shows which class of vLLM takes a
+layer, and that the tensors which that wants are those in the file, by name and shape.
 
 What it prints stands in docs/export.md.
 """
