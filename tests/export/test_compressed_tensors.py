@@ -188,8 +188,8 @@ def test_a_damaged_code_is_found(name: str, tmp_path: Path, folders: Callable[[s
         tensors = found.tensors
         stored = f"{path}.{part}" if f"{path}.{part}" in tensors else f"{path}.weight_packed"
         tensors[stored].view(torch.uint8).reshape(-1)[-1] ^= 1
-        what = "scales" if part == "weight_scale" else "codes"
-        with pytest.raises(ParityError, match=rf"up_proj: the {what} read back from the folder differ"):
+        what = "scale" if part == "weight_scale" else "codes"
+        with pytest.raises(ParityError, match=rf"up_proj: the {what} read back from the file differ"):
             verified(found, tensors, tmp_path / part)
 
 

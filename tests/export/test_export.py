@@ -52,7 +52,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         folders.append(folder)
 
     proven = Parity(modules=1, codes=1, scales=1, worst_module=0.0, end_to_end=0.0)
-    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], write=write, verify=lambda *_: proven))
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], write=write, compare=lambda *_: proven))
     return folders
 
 
@@ -141,11 +141,11 @@ def test_an_empty_folder_is_filled(tmp_path: Path, written: list[Path]) -> None:
 def test_nothing_is_left_behind_when_the_proof_fails(
     tmp_path: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def verify(model: nn.Module, folder: Path, example: Any) -> Parity:
+    def compare(trained: Any, folder: Path) -> Parity:
         assert (folder / "model.onnx").is_file()
         raise ParityError("layer: no")
 
-    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], verify=verify))
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], compare=compare))
     with pytest.raises(ParityError, match="layer: no"):
         export(small(), tmp_path / "out", "onnx")
     assert written

@@ -1,6 +1,5 @@
 """Convolutions of every kind and scheme: the bytes hold what was trained, and the engine computes it."""
 
-import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 
 from recoup import Recipe, export, prepare, resolve
 from recoup.engines.onnxruntime import OnnxModel
-from recoup.export import ParityError, preflight
+from recoup.export import TARGETS, ParityError, preflight
 from recoup.nn import CodedConv
 from recoup.numerics import IntFormat
 from recoup.schemes import PRESETS, Scheme
 
 from .conftest import Exported, exported, ready
 
-parity = importlib.import_module("recoup.export.onnx_parity")  # `recoup.export` is the function
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 U = 2.0**-24  # half an ulp of float32
@@ -245,7 +243,7 @@ def test_a_whole_network_runs_at_any_batch_size(blocks: Exported, batch: int) ->
     x = torch.randn(batch, 3, 15, 15)
     with torch.no_grad():
         assert OnnxModel(blocks.folder)(x).shape == blocks.converted(x).shape
-    assert parity.verify(blocks.converted, blocks.folder, x).modules == 5
+    assert TARGETS["onnx"].verify(blocks.converted, blocks.folder, x).modules == 5
 
 
 def edited(name: str, edit: Callable[[np.ndarray], np.ndarray]) -> Callable[[onnx.ModelProto], None]:
@@ -286,7 +284,7 @@ def test_a_damaged_file_is_caught(
     damage(file := onnx.load(copied / "model.onnx"))
     onnx.save(file, copied / "model.onnx")
     with pytest.raises(ParityError) as error:
-        parity.verify(blocks.converted, copied, torch.randn(3, 3, 15, 15))
+        TARGETS["onnx"].verify(blocks.converted, copied, torch.randn(3, 3, 15, 15))
     assert message in str(error.value)
 
 

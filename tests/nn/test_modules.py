@@ -224,7 +224,7 @@ def test_learned_state_comes_back(scheme: Scheme) -> None:
     assert torch.equal(other(x), module(x))
     names = {name for name, _ in module.weight_quantizer.named_parameters()}
     assert names == {"scale"} | ({"offset"} if not scheme.weights.symmetric else set())
-    codes = Codes(module)
+    codes = Codes.of(module)
     assert torch.equal(codes.decode(), module.weight_quantizer(module.weight))
     if codes.zero_point is not None:
         assert codes.zero_point.dtype == torch.int32

@@ -113,7 +113,7 @@ def export(
         unproven.mkdir()
         complete = _add_processor(model, unproven, processor)
         writer.write(coded, unproven, example)
-        parity = writer.verify(coded, unproven, example)
+        parity = writer.compare(writer.trained(coded, unproven, example), unproven)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()

@@ -7,7 +7,7 @@ What is proven where:
                              each is within its bound, which follows from its arithmetic (`parity.expected`),
                              not from what was observed. A value that is returned cannot be fused away
     in the session of users  so what onnxruntime fuses only without taps is judged by the outputs alone, end
-                             to end (see `parity.end_to_end`)
+                             to end (see `answers.py`)
 """
 
 import json
@@ -25,18 +25,46 @@ from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export import onnx_bytes
+from recoup.export.answers import answers
 from recoup.export.onnx import AGAIN, FILE, MODULES
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
-from recoup.export.parity import Parity, ParityError, divergence, end_to_end, equal, expected
-from recoup.nn import Batch, Codes, call, is_coded
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from recoup.export.parity import Array, Parity, ParityError, expected
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
+from recoup.nn import Batch, call
+from recoup.numerics import QuantSpec
 
 
 @torch.no_grad()
-def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    """Compare folder/model.onnx with the converted model it was written from.
+def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
+    """What folder/model.onnx is compared with, from the converted model."""
+    del folder
+    modules, places = coded(model)
+    answered, recorded = answers(model, example)
+    return Trained(modules=modules, places=places, example=example, answers=answered, recorded=recorded)
+
+
+def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
+    """Codes, scales and zero points of every quantized module, from the bytes of the file.
+
+    Raises:
+        ParityError: the file quantizes other modules, or has zero points where the scheme has none.
+    """
+    file = onnx.load(folder / FILE)
+    nodes = _modules(file)
+    check_modules("the file quantizes", nodes, layers)
+    tensors, packed = {tensor.name: tensor for tensor in file.graph.initializer}, read_codes(file)
+    return {
+        path: _same_view(path, layer.scheme.weights, *packed[path])
+        if path in packed
+        else _typed(path, layer.scheme.weights, tensors)
+        for path, layer in layers.items()
+    }
+
+
+@torch.no_grad()
+def compare(trained: Trained, folder: Path) -> Parity:
+    """Compare folder/model.onnx with what was trained.
 
     Every code, scale and zero point in the file equals the trained one; the file quantizes these modules
     and no others; every module, fed what the engine fed it, agrees within its bound; the outputs, and where
@@ -45,75 +73,47 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     Raises:
         ParityError: one of these does not hold; names it.
     """
-    parity = compared(model, folder, example, OnnxModel, "onnxruntime")
+    parity = compared(trained, folder, OnnxModel, "onnxruntime")
     return replace(parity, falls_back=in_float(onnx.load(folder / FILE, load_external_data=False)))
 
 
-def compared(
-    model: nn.Module, folder: Path, example: Batch, load: Callable[[Path], OnnxModel], engine: str
-) -> Parity:
+def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], engine: str) -> Parity:
     """The proof, in whatever runs the file.
 
     Args:
-        model: converted.
+        trained: what was.
         folder: with the file.
-        example: the batch to compare with.
         load: folder -> the file in an engine.
         engine: its name, for messages.
 
     Raises:
-        ParityError: see `verify`.
+        ParityError: see `compare`.
     """
-    coded: dict[str, Any] = {name: module for name, module in model.named_modules() if is_coded(module)}
+    codes, scales = check_stored(trained.modules, stored(folder, trained.layers))
     file = onnx.load(folder / FILE)
-    stored, packed = _modules(file), read_codes(file)
-    if set(stored) != set(coded):
-        raise ParityError(
-            f"the file quantizes other modules than the plan: {sorted(set(stored) ^ set(coded))}"
-        )
-    counts = [
-        _same_codes(path, module.weight, *packed[path])
-        if path in packed
-        else _same_typed_codes(path, module.weight, file)
-        for path, module in coded.items()
-    ]
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
-    results = _OpenedFile(file, folder, mapped, load).run(example)
+    results = _OpenedFile(file, folder, mapped, load).run(trained.example)
     worst = 0.0
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
         x, y = results[values["input"]], results[values["output"]]
-        trained, bound = expected(coded[path], x)
-        excess = ((y.double() - trained).abs() / bound).max()
+        expected_y, bound = expected(trained.modules[path], x)
+        excess = ((y.double() - expected_y).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
                 f"{path}: {engine}'s output is {float(excess):.3g} times its bound from the trained one"
             )
         worst = max(worst, float(excess))
-    outputs = call(load(folder), example)
-    nats, same = None, None
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        nats, same = divergence(_Logits(model), outputs["logits"], example, engine=engine)
+    found = trained.answers.agree(call(load(folder), trained.example), engine)
     return Parity(
-        modules=len(coded),
-        codes=sum(codes for codes, _ in counts),
-        scales=sum(scales for _, scales in counts),
+        modules=len(trained.modules),
+        codes=codes,
+        scales=scales,
         worst_module=worst,
-        end_to_end=end_to_end(model, outputs, example, engine=engine),
-        divergence=nats,
-        same_word=same,
+        end_to_end=found.drift,
+        divergence=found.nats,
+        same_word=found.same_word,
     )
-
-
-class _Logits(nn.Module):
-    """A model whose outputs are its logits alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model(*args, **kwargs)["logits"]
 
 
 def _modules(file: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -130,37 +130,33 @@ def _is_typed(node: onnx.NodeProto) -> bool:
     return node.op_type == "DequantizeLinear" and axis < 2
 
 
-def _same_codes(path: str, weight: Codes, values: Array, scale: Array, zero_point: Array) -> tuple[int, int]:
-    """How many codes and scales were compared.
+def _same_view(path: str, spec: QuantSpec, values: Array, scale: Array, zero_point: Array) -> Stored:
+    """Codes and zero points as they were trained, not as distances from the middle of their container.
 
     Raises:
-        ParityError: one differs.
+        ParityError: the file has zero points, the scheme has none.
     """
-    zero = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
-    first = 0 if weight.spec.format.lo else 2 ** (container_bits(weight.spec.format.bits) - 1)
-    equal(path, "codes", values + first, weight.codes)
-    equal(path, "scale", scale, weight.scale)
-    equal(path, "zero point", np.broadcast_to(zero_point, scale.shape) + first, zero)
-    return values.size, scale.size
+    first = 0 if spec.format.lo else 2 ** (container_bits(spec.format.bits) - 1)
+    zero = np.broadcast_to(zero_point, scale.shape) + first
+    if spec.has_zero_point:
+        return {"codes": values + first, "scale": scale, "zero_point": zero}
+    if zero.any():
+        raise ParityError(f"{path}: the zero point read back from the file is not 0, and the scheme has none")
+    return {"codes": values + first, "scale": scale}
 
 
-def _same_typed_codes(path: str, weight: Codes, file: onnx.ModelProto) -> tuple[int, int]:
+def _typed(path: str, spec: QuantSpec, tensors: Mapping[str, onnx.TensorProto]) -> Stored:
     """Of a weight in ONNX's own types, whose DequantizeLinear reads it as it was trained."""
-    tensors = {tensor.name: tensor for tensor in file.graph.initializer}
-    codes, scale = (
-        onnx_bytes.read_codes(tensors[f"{path}.codes"]),
-        onnx_bytes.read_scales(tensors[f"{path}.scale"]),
-    )
-    equal(path, "codes", codes, weight.codes)
-    equal(path, "scale", scale.reshape(weight.scale.shape), weight.scale)
-    if weight.zero_point is not None:
-        zero_point = onnx_bytes.read_codes(tensors[f"{path}.zero_point"])
-        equal(path, "zero point", zero_point.reshape(weight.scale.shape), weight.zero_point)
-    if weight.global_scale is not None:
-        equal(
-            path, "global scale", onnx_bytes.read_scales(tensors[f"{path}.global_scale"]), weight.global_scale
-        )
-    return codes.size, scale.size
+    codes = onnx_bytes.read_codes(tensors[f"{path}.codes"])
+    shape = spec.granularity.scale_shape(*codes.shape)
+    found = {"codes": codes, "scale": onnx_bytes.read_scales(tensors[f"{path}.scale"]).reshape(shape)}
+    if f"{path}.zero_point" in tensors:
+        zero_point = onnx_bytes.read_codes(tensors[f"{path}.zero_point"]).reshape(shape)
+        if spec.has_zero_point or zero_point.any():
+            found["zero_point"] = zero_point
+    if f"{path}.global_scale" in tensors:
+        found["global_scale"] = onnx_bytes.read_scales(tensors[f"{path}.global_scale"])
+    return found
 
 
 def read_codes(file: onnx.ModelProto) -> dict[str, tuple[Array, Array, Array]]:

@@ -14,6 +14,7 @@ from torch import nn
 from recoup.engines import llama_cpp, onnx_standard, onnxruntime, pytorch, transformers
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
+from recoup.export.trained import Layer, Stored, Trained
 from recoup.nn import Batch
 from recoup.schemes import Scheme
 from recoup.validate import Cost
@@ -38,7 +39,10 @@ class Target:
             a module knows; whoever calibrates calls it before measuring.
         write: (converted or float model, folder, example); the files of the tokenizer or image processor are
             in the folder already, if there are any.
-        verify: (converted model, folder, example); raises ParityError.
+        trained: (converted model, folder, example) -> what the folder has to agree with.
+        stored: (folder, {module: layer}) -> codes and scales of every module from the bytes alone; raises
+            ParityError for other modules.
+        compare: (what was trained, folder); the proof. Raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
     """
@@ -50,9 +54,19 @@ class Target:
     split: Callable[[nn.Module, Quantized, int], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
-    verify: Callable[[nn.Module, Path, Batch], Parity]
+    trained: Callable[[nn.Module, Path, Batch], Trained]
+    stored: Callable[[Path, Mapping[str, Layer]], dict[str, Stored]]
+    compare: Callable[[Trained, Path], Parity]
     load: Callable[[Path], nn.Module]
     costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
+
+    def verify(self, model: nn.Module, folder: Path, example: Batch) -> Parity:
+        """Is a folder what this converted model was?
+
+        Raises:
+            ParityError: it is not; names a tensor or a module.
+        """
+        return self.compare(self.trained(model, folder, example), folder)
 
 
 def _of(module: str, function: str) -> Callable[..., Any]:
@@ -85,7 +99,9 @@ TARGETS: dict[str, Target] = {
         split=_one_device,
         settle=_as_it_is,
         write=_of("onnx", "write"),
-        verify=_of("onnx_parity", "verify"),
+        trained=_of("onnx_parity", "trained"),
+        stored=_of("onnx_parity", "stored"),
+        compare=_of("onnx_parity", "compare"),
         load=onnxruntime.OnnxModel,
         costs=partial(
             compare_costs,
@@ -102,7 +118,9 @@ TARGETS: dict[str, Target] = {
         split=_one_device,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
-        verify=_of("onnx_qdq_parity", "verify"),
+        trained=_of("onnx_parity", "trained"),
+        stored=_of("onnx_parity", "stored"),
+        compare=_of("onnx_qdq_parity", "compare"),
         load=onnx_standard.StandardOnnx,
         costs=partial(compare_sizes, size_bytes=onnxruntime.size_bytes, unmeasured=onnx_standard.UNMEASURED),
     ),
@@ -114,7 +132,9 @@ TARGETS: dict[str, Target] = {
         split=_of("tensor_parallel", "check_split"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
-        verify=_of("compressed_tensors_parity", "verify"),
+        trained=_of("compressed_tensors_parity", "trained"),
+        stored=_of("compressed_tensors_parity", "stored"),
+        compare=_of("compressed_tensors_parity", "compare"),
         load=transformers.load,
         costs=partial(compare_sizes, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED),
     ),
@@ -126,7 +146,9 @@ TARGETS: dict[str, Target] = {
         split=_one_device,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
-        verify=_of("pytorch_parity", "verify"),
+        trained=_of("pytorch_parity", "trained"),
+        stored=_of("pytorch_parity", "stored"),
+        compare=_of("pytorch_parity", "compare"),
         load=pytorch.PytorchModel,
         costs=partial(
             compare_costs,
@@ -143,7 +165,9 @@ TARGETS: dict[str, Target] = {
         split=_one_device,
         settle=_as_it_is,
         write=_of("gguf", "write"),
-        verify=_of("gguf_parity", "verify"),
+        trained=_of("gguf_parity", "trained"),
+        stored=_of("gguf_parity", "stored"),
+        compare=_of("gguf_parity", "compare"),
         load=llama_cpp.LlamaCpp,
         costs=partial(
             compare_costs,

@@ -4,7 +4,7 @@
 have in common), `coded.py` the converted ones, `call.py` how a model is called.
 """
 
-from recoup.nn.call import Batch, call, device_of, evaluating, moved, size_of, without_labels
+from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
 from recoup.nn.coded import (
     CODED_MODULES,
     CodedConv,
@@ -50,6 +50,7 @@ __all__ = [
     "QuantLinear",
     "QuantModule",
     "call",
+    "cut",
     "device_of",
     "evaluating",
     "is_coded",
