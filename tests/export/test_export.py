@@ -134,7 +134,9 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, written: list[
 def test_an_empty_folder_is_filled(tmp_path: Path, written: list[Path]) -> None:
     (tmp_path / "out").mkdir()
     export(small(), tmp_path / "out", "onnx")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "parity.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+    }
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
@@ -234,7 +236,9 @@ def test_a_model_that_was_not_loaded_takes_nothing_from_the_working_directory(
     Path("tokenizer.json").write_text("of something else")
     with pytest.warns(UserWarning, match="no tokenizer or image processor; pass processor="):
         export(ptq(Configured(), "w4a16", [torch.randn(2, 96)]), "out", "onnx")
-    assert {path.name for path in Path("out").iterdir()} == {"model.onnx", "parity.json"}
+    assert {path.name for path in Path("out").iterdir()} == {
+        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+    }
 
 
 def test_converted_before_or_by_export_the_stored_tensors_are_the_same(

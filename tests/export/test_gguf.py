@@ -252,8 +252,8 @@ def _bias(model: nn.Module, path: str) -> None:
 
 DAMAGES: dict[str, tuple[str, Callable[[nn.Module, str], None], str, str]] = {
     **{f"code of {name}": (name, _code, _UP, r"the codes .* at \(3, 5\)") for name in NAMES},
-    **{f"scale of {name}": (name, _scale, _UP, r"the scales .* at \(2, 1\)") for name in ("q8_0", "q4_0")},
-    "exponent": ("mxfp4-gguf", _scale, _UP, r"the scales .* at \(2, 1\)"),
+    **{f"scale of {name}": (name, _scale, _UP, r"the scale .* at \(2, 1\)") for name in ("q8_0", "q4_0")},
+    "exponent": ("mxfp4-gguf", _scale, _UP, r"the scale .* at \(2, 1\)"),
     "code of a query": ("q4_0", _code, _QUERY, r"the codes .* at \(3, 5\)"),
     "offset": ("q4_1", _offset, _UP, r"the offset .* at \(0, 0\)"),
     "bias of a query": ("q4_0", _bias, _QUERY, "the file does not have it as the model does"),

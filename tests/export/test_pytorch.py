@@ -213,7 +213,9 @@ def test_everything_was_read_back(programs: Written) -> None:
     assert programs.parity.scales == sum(module.weight.scale.numel() for module in coded)
     assert 0 < programs.parity.worst_module <= 1
     assert json.loads((programs.folder / "parity.json").read_text()) == programs.parity.to_json()
-    assert {path.name for path in programs.folder.iterdir()} == {"model.pt2", "parity.json"}
+    assert {path.name for path in programs.folder.iterdir()} == {
+        *("model.pt2", "parity.json", "artefact.json", "artefact.safetensors")
+    }
 
 
 def test_batch_and_length_are_free(engine: PytorchModel) -> None:

@@ -4,14 +4,18 @@ from recoup.export.export import export, preflight
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity, ParityError
 from recoup.export.targets import TARGETS, target_named, usable
+from recoup.export.verify import Check, Verification, verify
 
 __all__ = [
     "TARGETS",
+    "Check",
     "Parity",
     "ParityError",
+    "Verification",
     "export",
     "preflight",
     "share_global_scales",
     "target_named",
     "usable",
+    "verify",
 ]
