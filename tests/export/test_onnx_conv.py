@@ -52,7 +52,8 @@ def _schemes() -> dict[str, Scheme]:
     channels = PRESETS["w8a8-static"].weights
     inputs = PRESETS["w8a8-ort-static"].inputs
     assert inputs is not None
-    return {name: PRESETS[name] for name in ("w8a8-static", "w8a8-ort", "w8a8-ort-static")} | {
+    names = ("w8a8-static", "w8a8-ort", "w8a8-ort-static", "w7a8-ort-static")
+    return {name: PRESETS[name] for name in names} | {
         scheme.name: scheme
         for scheme in (
             Scheme(name="w8a16-channels", weights=channels),

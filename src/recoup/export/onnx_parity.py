@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export import onnx_bytes
 from recoup.export.onnx import AGAIN, FILE, MODULES
+from recoup.export.onnx_integer_conv import ROUNDED_AS
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Parity, ParityError, divergence, end_to_end, equal, expected
-from recoup.nn import Batch, Codes, call, is_coded
+from recoup.nn import Batch, Codes, FakeQuantizer, call, is_coded
+from recoup.numerics import dequantize
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,7 +85,12 @@ def compared(
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
         x, y = results[values["input"]], results[values["output"]]
+        if x.dtype == torch.uint8:
+            x = _decoded(x, coded[path].input_quantizer)
         trained, bound = expected(coded[path], x)
+        if ROUNDED_AS in values:
+            lattice = coded[values[ROUNDED_AS]].input_quantizer
+            y, trained, bound = _rounded(y, trained, bound, lattice)
         excess = ((y.double() - trained).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
@@ -103,6 +110,26 @@ def compared(
         divergence=nats,
         same_word=same,
     )
+
+
+def _decoded(codes: Tensor, lattice: FakeQuantizer) -> Tensor:
+    """What uint8 codes of an input stand for; signed ones lie around 128."""
+    offset = 128 if lattice.spec.format.lo else 0
+    view = codes.reshape(1, -1).to(torch.int16) - offset
+    return dequantize(view, lattice.stored_qparams, lattice.spec).reshape(codes.shape)
+
+
+def _rounded(
+    codes: Tensor, trained: Tensor, bound: Tensor, lattice: FakeQuantizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An output that the engine gives as codes, what was trained, and how far they may be apart.
+
+    A code is right if what it stands for is the nearest to something within the bound of the trained sum:
+    half a step more. What lies outside of the lattice has the code at its end.
+    """
+    ends = _decoded(torch.tensor([0, 255], dtype=torch.uint8), lattice).double()
+    half = lattice.stored_qparams.step.double().flatten() / 2
+    return _decoded(codes, lattice), trained.clamp(*ends), bound + half
 
 
 class _Logits(nn.Module):
@@ -197,8 +224,9 @@ def _unpacked(
         if zero_point is None:
             return values, scale, np.array(0)
         return values, scale, _bits(zero_point.reshape(rows, -1), bits)[:, : scale.shape[1]] - middle
-    if op == "Cast":  # of a convolution: a row of codes for every output channel
-        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), np.array(0)
+    if op in ("Cast", "QLinearConv"):  # of a convolution: a row of codes for every output channel
+        zeros = np.array(0) if zero_point is None else zero_point.reshape(-1, 1)
+        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), zeros
     middle = 128 if codes.dtype == np.uint8 else 0
     stored_zero = 0 if zero_point is None else int(zero_point)
     return (
@@ -224,7 +252,7 @@ class _OpenedFile:
         modules: dict[str, dict[str, str]],
         load: Callable[[Path], OnnxModel],
     ) -> None:
-        self.names = sorted({name for values in modules.values() for name in values.values()})
+        self.names = sorted({values[end] for values in modules.values() for end in ("input", "output")})
         opened = onnx.ModelProto()
         opened.CopyFrom(file)
         known = {value.name for value in (*opened.graph.input, *opened.graph.output)}
