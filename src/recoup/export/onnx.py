@@ -76,7 +76,7 @@ def write(
         import onnx
         import onnx_ir as ir
 
-        from recoup.export import onnx_conv, onnx_graph, onnx_nodes
+        from recoup.export import onnx_conv, onnx_graph, onnx_integer_conv, onnx_nodes
     except ImportError as error:
         raise ImportError(f"the onnx target needs {error.name}: pip install 'recoup[onnx]'") from None
 
@@ -92,6 +92,7 @@ def write(
     outputs = output_names(model, example, "onnx")
     with _closed(model) as coded:
         program = _trace(model, example, outputs, opset)
+    for_onnxruntime = lowering is None
     if lowering is None:
         lowering = {
             CodedLinear: onnx_nodes.linear,
@@ -114,6 +115,8 @@ def write(
             graph.register_initializer(initializer)
         call_of_path = path if path not in values else f"{path}{AGAIN}{len(values)}"
         values[call_of_path] = {"input": str(closed_input.name), "output": str(output.name)}
+    if for_onnxruntime:
+        onnx_integer_conv.compute_in_integers(program.model, coded, values)
     if any(node.domain == onnx_graph.MICROSOFT for node in graph):
         program.model.opset_imports[onnx_graph.MICROSOFT] = 1
     program.model.opset_imports.pop("recoup", None)

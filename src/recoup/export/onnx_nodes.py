@@ -13,9 +13,10 @@
     convolution    see onnx_conv.py
 
 Two choices are the engine's. Accuracy level 1 is written out because the default lets a session quantize
-inputs that training left in float. Integer weights and inputs are stored as uint8 with zero point 128: on
+inputs that training left in float. Inputs, and weights of 8 bits, are stored as uint8 with zero point 128: on
 x86 without VNNI the sum of two products of uint8 and int8 saturates in 16 bits, while that of two
-uint8 is exact everywhere. Codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
+uint8 is exact everywhere. Weights of 7 bits or less do not saturate it, and are stored as int8, which has the
+faster kernels. In groups, codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
 """
 
 from collections.abc import Callable
@@ -251,8 +252,11 @@ def _dequantized_weight(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
 def _integer_product(
     g: Graph, module: CodedLinear, x: ir.Value, zero_point: ir.Value, scale: ir.Value
 ) -> ir.Value:
-    codes = g.initializer("codes", (_codes(module.weight).T.astype(np.int16) + 128).astype(np.uint8))
-    weight_zero = g.initializer("zero_point", np.array(128, np.uint8))
+    stored, zero = _codes(module.weight).T, 0
+    if not fits_sixteen_bits(module.weight.spec):
+        stored, zero = (stored.astype(np.int16) + 128).astype(np.uint8), 128
+    codes = g.initializer("codes", stored.copy())
+    weight_zero = g.initializer("zero_point", np.array(zero, stored.dtype))
     weight_scale = g.initializer("scale", module.weight.scale.cpu().numpy().reshape(-1))
     total = g("Cast", g("MatMulInteger", x, codes, zero_point, weight_zero), to=int(ir.DataType.FLOAT))
     return g("Mul", total, g("Mul", scale, weight_scale))
@@ -297,6 +301,11 @@ def _codes_per_token(g: Graph, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     one = g.initializer("input_one", np.array(1, np.float32))
     scale = g("Where", g("Equal", scale, zero), one, scale)
     return g("Round", g("Div", x, scale)), scale
+
+
+def fits_sixteen_bits(spec: QuantSpec) -> bool:
+    """Two products of such weights with uint8 inputs do, so no kernel of x86 saturates."""
+    return 2 * 255 * max(-spec.format.lo, spec.format.hi) < 2**15
 
 
 _blocks_in_the_kernel = _matmul_nbits(4)

@@ -27,12 +27,13 @@ from recoup.engines.onnxruntime import OnnxModel
 from recoup.export import onnx_bytes
 from recoup.export.answers import answers
 from recoup.export.onnx import AGAIN, FILE, MODULES
+from recoup.export.onnx_integer_conv import ROUNDED_AS
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Array, Parity, ParityError, expected
 from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
-from recoup.nn import Batch, call
-from recoup.numerics import QuantSpec
+from recoup.nn import Batch, FakeQuantizer, call
+from recoup.numerics import QuantSpec, dequantize
 
 
 @torch.no_grad()
@@ -97,7 +98,13 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
         x, y = results[values["input"]], results[values["output"]]
-        expected_y, bound = expected(trained.modules[path], x)
+        module: Any = trained.modules[path]
+        if x.dtype == torch.uint8:
+            x = _decoded(x, module.input_quantizer)
+        expected_y, bound = expected(module, x)
+        if ROUNDED_AS in values:
+            reader: Any = trained.modules[values[ROUNDED_AS]]
+            y, expected_y, bound = _rounded(y, expected_y, bound, reader.input_quantizer)
         excess = ((y.double() - expected_y).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
@@ -114,6 +121,26 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
         divergence=found.nats,
         same_word=found.same_word,
     )
+
+
+def _decoded(codes: Tensor, lattice: FakeQuantizer) -> Tensor:
+    """What uint8 codes of an input stand for; signed ones lie around 128."""
+    offset = 128 if lattice.spec.format.lo else 0
+    view = codes.reshape(1, -1).to(torch.int16) - offset
+    return dequantize(view, lattice.stored_qparams, lattice.spec).reshape(codes.shape)
+
+
+def _rounded(
+    codes: Tensor, trained: Tensor, bound: Tensor, lattice: FakeQuantizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An output that the engine gives as codes, what was trained, and how far they may be apart.
+
+    A code is right if what it stands for is the nearest to something within the bound of the trained sum:
+    half a step more. What lies outside of the lattice has the code at its end.
+    """
+    ends = _decoded(torch.tensor([0, 255], dtype=torch.uint8), lattice).double()
+    half = lattice.stored_qparams.step.double().flatten() / 2
+    return _decoded(codes, lattice), trained.clamp(*ends), bound + half
 
 
 def _modules(file: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -193,8 +220,9 @@ def _unpacked(
         if zero_point is None:
             return values, scale, np.array(0)
         return values, scale, _bits(zero_point.reshape(rows, -1), bits)[:, : scale.shape[1]] - middle
-    if op == "Cast":  # of a convolution: a row of codes for every output channel
-        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), np.array(0)
+    if op in ("Cast", "QLinearConv"):  # of a convolution: a row of codes for every output channel
+        zeros = np.array(0) if zero_point is None else zero_point.reshape(-1, 1)
+        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), zeros
     middle = 128 if codes.dtype == np.uint8 else 0
     stored_zero = 0 if zero_point is None else int(zero_point)
     return (
@@ -220,7 +248,7 @@ class _OpenedFile:
         modules: dict[str, dict[str, str]],
         load: Callable[[Path], OnnxModel],
     ) -> None:
-        self.names = sorted({name for values in modules.values() for name in values.values()})
+        self.names = sorted({values[end] for values in modules.values() for end in ("input", "output")})
         opened = onnx.ModelProto()
         opened.CopyFrom(file)
         known = {value.name for value in (*opened.graph.input, *opened.graph.output)}
