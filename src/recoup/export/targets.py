@@ -32,6 +32,7 @@ class Target:
         check: (float or converted model, {module: (scheme, type of the converted module)}); raises ValueError
             for what the engine cannot run.
         kernel: (scheme, type of the converted module) -> what computes it, or how it is stored.
+        width: (scheme, type of the converted module) -> bits that a code of its weight takes in the file.
         split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
             parts of every matrix on a device each.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
@@ -47,6 +48,7 @@ class Target:
     packages: tuple[str, ...]
     check: Callable[[nn.Module, Quantized], None]
     kernel: Callable[[Scheme, type], str]
+    width: Callable[[Scheme, type], int]
     split: Callable[[nn.Module, Quantized, int], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
@@ -68,6 +70,11 @@ def _as_it_is(model: nn.Module) -> nn.Module:
     return model
 
 
+def _its_bits(scheme: Scheme, kind: type) -> int:
+    del kind
+    return scheme.weights.format.bits
+
+
 def _one_device(model: nn.Module, modules: Quantized, devices: int) -> None:
     del model, modules
     raise ValueError(
@@ -82,6 +89,7 @@ TARGETS: dict[str, Target] = {
         packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
         check=_of("onnx", "check"),
         kernel=_of("onnx_nodes", "kernel"),
+        width=_of("onnx_nodes", "width"),
         split=_one_device,
         settle=_as_it_is,
         write=_of("onnx", "write"),
@@ -99,6 +107,7 @@ TARGETS: dict[str, Target] = {
         packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
         check=_of("onnx_qdq", "check_all"),
         kernel=_of("onnx_qdq", "kernel"),
+        width=_of("onnx_qdq", "width"),
         split=_one_device,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
@@ -111,6 +120,7 @@ TARGETS: dict[str, Target] = {
         packages=("compressed_tensors", "transformers"),
         check=_of("compressed_tensors", "check"),
         kernel=_of("compressed_tensors_config", "kernel"),
+        width=_its_bits,
         split=_of("tensor_parallel", "check_split"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
@@ -123,6 +133,7 @@ TARGETS: dict[str, Target] = {
         packages=(),
         check=_of("pytorch", "check"),
         kernel=_of("pytorch_modules", "kernel"),
+        width=_of("pytorch_modules", "width"),
         split=_one_device,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
@@ -140,6 +151,7 @@ TARGETS: dict[str, Target] = {
         packages=("gguf", "xllamacpp", "transformers"),
         check=_of("gguf", "check"),
         kernel=_of("gguf_blocks", "kernel"),
+        width=_its_bits,
         split=_one_device,
         settle=_as_it_is,
         write=_of("gguf", "write"),
