@@ -19,6 +19,7 @@ from tests.cli.test_cli import tree
 from tests.export.gguf_models import small
 from tests.export.test_gguf_vocabulary import WORDS, byte_level, fast
 from tests.ladder.conftest import quick
+from tests.ladder.stand_in import SLOWER, alone
 
 __all__ = ["quick"]  # a fixture
 
@@ -191,10 +192,12 @@ RUNS: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.filterwarnings(SLOWER)
 @pytest.mark.parametrize("target", RUNS)
 def test_a_recipe_becomes_a_measured_artefact(
     target: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    alone(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(jaxtyping.config.__dict__, "jaxtyping_disable", True)
     tokenizer = fast(byte_level([], regex=True))
@@ -235,9 +238,11 @@ def test_a_recipe_becomes_a_measured_artefact(
     }
 
 
+@pytest.mark.filterwarnings(SLOWER)
 def test_a_recipe_becomes_a_program_of_torch(
     custom: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    alone(monkeypatch)
     monkeypatch.setitem(jaxtyping.config.__dict__, "jaxtyping_disable", True)
     there = TARGETS["pytorch"]
     costs = partial(

@@ -41,6 +41,7 @@ class Target:
             in the folder already, if there are any.
         verify: (converted model, folder, example); raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
+        timed: its engine here says something about speed.
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
     """
 
@@ -54,6 +55,7 @@ class Target:
     write: Callable[[nn.Module, Path, Batch], None]
     verify: Callable[[nn.Module, Path, Batch], Parity]
     load: Callable[[Path], nn.Module]
+    timed: bool
     costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
 
 
@@ -95,6 +97,7 @@ TARGETS: dict[str, Target] = {
         write=_of("onnx", "write"),
         verify=_of("onnx_parity", "verify"),
         load=onnxruntime.OnnxModel,
+        timed=True,
         costs=partial(
             compare_costs,
             load=onnxruntime.OnnxModel,
@@ -113,6 +116,7 @@ TARGETS: dict[str, Target] = {
         write=_of("onnx_qdq", "write"),
         verify=_of("onnx_qdq_parity", "verify"),
         load=onnx_standard.StandardOnnx,
+        timed=False,
         costs=partial(compare_sizes, size_bytes=onnxruntime.size_bytes, unmeasured=onnx_standard.UNMEASURED),
     ),
     "compressed-tensors": Target(
@@ -126,6 +130,7 @@ TARGETS: dict[str, Target] = {
         write=_of("compressed_tensors", "write"),
         verify=_of("compressed_tensors_parity", "verify"),
         load=transformers.load,
+        timed=False,
         costs=partial(compare_sizes, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED),
     ),
     "pytorch": Target(
@@ -139,6 +144,7 @@ TARGETS: dict[str, Target] = {
         write=_of("pytorch", "write"),
         verify=_of("pytorch_parity", "verify"),
         load=pytorch.PytorchModel,
+        timed=True,
         costs=partial(
             compare_costs,
             load=pytorch.PytorchModel,
@@ -157,6 +163,7 @@ TARGETS: dict[str, Target] = {
         write=_of("gguf", "write"),
         verify=_of("gguf_parity", "verify"),
         load=llama_cpp.LlamaCpp,
+        timed=True,
         costs=partial(
             compare_costs,
             load=llama_cpp.Prompts,
