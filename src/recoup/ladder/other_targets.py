@@ -71,8 +71,8 @@ def advice(target: str, costs: tuple[Cost, Cost] | None, others: Sequence[Trial]
         return None
     before, after = latencies(costs)
     here = (
-        f"in {target} the artefact is slower than the float model: {duration(after)} against {duration(before)} "
-        f"for a batch of {costs[1].batch}"
+        f"in {target} the artefact is slower than the float model: {duration(after)} against "
+        f"{duration(before)} for a batch of {costs[1].batch}"
     )
     measured = sorted((trial for trial in others if trial.costs), key=lambda trial: latencies(trial.costs)[1])
     for trial in measured:
