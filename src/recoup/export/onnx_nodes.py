@@ -84,6 +84,12 @@ def kernel(scheme: Scheme, kind: type) -> str:
     return f"MatMul of {made} made float" if scheme.inputs is None else "MatMulInteger"
 
 
+def width(scheme: Scheme, kind: type) -> int:
+    """The bits that a code of its weight takes in the file."""
+    del kind
+    return container_bits(scheme.weights.format.bits) if weight_layout(scheme.weights) == "groups" else 8
+
+
 def container_bits(bits: int) -> int:
     """The width a code takes in the file: MatMulNBits knows 2, 4 and 8.
 

@@ -106,6 +106,12 @@ def kernel(scheme: Scheme, kind: type) -> str:
     return f"{operator} behind DequantizeLinear of {pairs}"
 
 
+def width(scheme: Scheme, kind: type) -> int:
+    """The bits that a code of its weight takes in the file."""
+    del kind
+    return stored_type(scheme.weights.format)[0].bitwidth
+
+
 def _check_weights(spec: QuantSpec) -> None:
     stored_type(spec.format)
     if spec.has_offset:
