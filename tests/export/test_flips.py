@@ -90,8 +90,6 @@ def test_one_confident_word_among_thousands_that_is_another_is_found(model: nn.M
     x, turned, (place, first, second) = words_of(model, 4.0, least=True)
     mean = nats(model(x).softmax(-1), turned.softmax(-1)).mean()
     message = f"in an engine the most likely word at place {place} is {second}, trained is {first}: that"
-        rf"in an engine the most likely word at place {place} is {second}, trained is {first}: that takes"
-    )
     with pytest.raises(ParityError, match=message):
         divergence(model, turned, x)
     # the place tells, not the mean: as much is explained where it is spread over all places
