@@ -176,7 +176,8 @@ def divergence(
         place = tuple(map(int, (taken == taken.max()).nonzero()[0]))
         raise ParityError(
             f"in {engine} the most likely word at {place} is {int(words[place])}, trained is "
-            f"{int(right[place])}: that takes {float(taken.max()):.3g} nats there, rounding explains {most:.3g}"
+            f"{int(right[place])}: that takes {float(taken.max()):.3g} nats there, rounding explains "
+            f"{most:.3g}"
         )
     return mean, float((words == right).double().mean())
 
