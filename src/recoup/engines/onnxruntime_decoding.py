@@ -16,7 +16,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def presents_of(session: Any) -> dict[str, str]:
-    """The outputs of a file that are inputs of the next step, by the input's name; none if it does not decode.
+    """The outputs that are inputs of the next step, by the input's name; none if the file does not decode.
 
     Args:
         session: of onnxruntime.

@@ -62,7 +62,9 @@ def write(
     """Write `model` as folder/model.onnx; a float model is written as it is.
 
     Batch size and the lengths of token sequences stay free wherever the model itself leaves them free. A
-    language model that generates with a cache becomes one step of that, see `onnx_cache`. The file's metadata names the outputs, and the input and output value of every quantized module.
+    language model that generates with a cache becomes one step of that, see `onnx_cache`. The file's metadata
+    names the outputs, the input and output value of every quantized module, and under which module's path a
+    tied weight is stored.
 
     Args:
         model: converted, or float. Its mode is set to eval for the tracing, and put back.

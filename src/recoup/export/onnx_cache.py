@@ -1,16 +1,17 @@
-"""A causal language model as one step of decoding: keys and values of what was read come in, and go out longer.
+"""A causal language model as one step of decoding: keys and values of the past come in, and go out longer.
 
-    in    input_ids, attention_mask, position_ids      (batch, sequence), (batch, past + sequence), as input_ids
-          past_key_values.L.key, past_key_values.L.value      (batch, heads, past, features), for every layer L
-    out   logits                                       (batch, sequence, words)
-          present.L.key, present.L.value               (batch, heads, past + sequence, features)
+    in    input_ids, position_ids                            (batch, sequence)
+          attention_mask                                     (batch, past + sequence)
+          past_key_values.L.key, past_key_values.L.value     (batch, heads, past, features), for every layer L
+    out   logits                                             (batch, sequence, words)
+          present.L.key, present.L.value                     (batch, heads, past + sequence, features)
 
-These are the names of Hugging Face's optimum, which onnxruntime-genai and transformers.js read, too. With a past
-of length 0 it is the model on a whole sequence, so one file reads the prompt and decodes.
+These are the names of Hugging Face's optimum, which onnxruntime-genai and transformers.js read, too. With a
+past of length 0 it is the model on a whole sequence, so one file reads the prompt and decodes.
 
 torch.onnx takes tensors only, and a cache of transformers is none: the traced module makes one of the tensors
-it is given. Its layers keep everything, also where a layer attends to a window: the mask cuts that, and all pasts
-have one length.
+that it is given. Its layers keep everything, also where a layer attends to a window: the mask cuts that, and
+all pasts have one length.
 """
 
 import inspect
@@ -40,9 +41,9 @@ _SAMPLES, _TOKENS, _PAST = 2, 4, 3  # to trace with: two lengths that are equal 
 def decodes(model: nn.Module, example: Batch) -> bool:
     """Does it generate with a cache of keys and values, and nothing else that it remembers?
 
-    That is for its `generation_config` to say, because `config.use_cache` is off in training. A model whose state
-    is something else (state-space layers, convolutions, an encoder's output), or that has inputs beside its tokens,
-    is traced as any other model is.
+    That is for its `generation_config` to say, because `config.use_cache` is off in training. A model whose
+    state is something else (state-space layers, convolutions, an encoder's output), or that has inputs beside
+    its tokens, is traced as any other model is.
 
     Args:
         model: any.
