@@ -54,7 +54,7 @@ def _convolution(graph: ir.Graph, path: str, node: ir.Node, coded: Mapping[str, 
     module, old = coded[path], quantizes[0]
     graph.initializers.pop(f"{path}.scale")  # in the shape of the other form
     graph.initializers.pop(f"{path}.bias", None)
-    nodes = Graph(path, graph.initializers)
+    nodes = Graph(path, graph.initializers, path, tied=False)
     bias = () if module.bias is None else (nodes.initializer("bias", bias_codes(module).numpy()),)
     new = nodes(
         "QLinearConv",

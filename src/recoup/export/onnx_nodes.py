@@ -115,12 +115,15 @@ def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
     if weight_layout(module.weight.spec) == "floats":
         return onnx_qdq.embedding(g, module, ids)
     packed = _pack(module.weight)
+    codes = g.weight("codes", packed.blocks if g.tied else packed.codes)
+    if g.tied:  # as MatMulNBits has it, with an axis for the blocks
+        codes = g("Reshape", codes, g.initializer("shape", np.array(packed.codes.shape, np.int64)))
     return g(
         "GatherBlockQuantized",
-        g.initializer("codes", packed.codes),
+        codes,
         ids,
-        g.initializer("scale", packed.scale),
-        None if packed.zero_point is None else g.initializer("zero_point", packed.zero_point),
+        g.weight("scale", packed.scale),
+        None if packed.zero_point is None else g.weight("zero_point", packed.zero_point),
         domain=MICROSOFT,
         bits=packed.bits,
         block_size=packed.group,
@@ -217,14 +220,12 @@ def _scales(spec: QuantSpec) -> str:
 def _matmul_nbits(accuracy_level: int) -> LinearNodes:
     def nodes(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
         packed = _pack(module.weight)
-        blocks = packed.codes.reshape(module.out_features, packed.scale.shape[1], -1)
-        zero_point = None if packed.zero_point is None else packed.zero_point.reshape(-1)
         return g(
             "MatMulNBits",
             x,
-            g.initializer("codes", blocks),
-            g.initializer("scale", packed.scale.reshape(-1)),
-            None if zero_point is None else g.initializer("zero_point", zero_point),
+            g.weight("codes", packed.blocks),
+            g.weight("scale", packed.scale),
+            None if packed.zero_point is None else g.weight("zero_point", packed.zero_point),
             domain=MICROSOFT,
             K=module.in_features,
             N=module.out_features,
@@ -338,6 +339,11 @@ class _Packed(NamedTuple):
     codes: Array  # uint8 (rows, columns * bits / 8)
     scale: Array  # float32 (rows, columns / group)
     zero_point: Array | None  # uint8 (rows, ceil(columns / group * bits / 8)); absent it is 2^(bits - 1)
+
+    @property
+    def blocks(self) -> Array:
+        """The codes with an axis for the blocks of a row."""
+        return self.codes.reshape(*self.scale.shape, -1)
 
 
 def _pack(weight: Codes) -> _Packed:
