@@ -2,10 +2,10 @@
 
     PYTHONPATH=src python -m tests.export.artefacts.write 1
 
-For every target a small model, and beside its folder a file with a batch, the engine's answers to it, and how
-far another processor's may be from them. They stay as they are: whoever raises `FORMAT` adds a folder with the
-new number, and a migration that reads the old ones. Format 0 was written at 49f3294, before there was
-artefact.json.
+For every target a small model, and beside its folder a file with a batch, the engine's answers to it, and
+how far another processor's may be from them. They stay as they are: whoever raises `FORMAT` adds a folder
+with the new number, and a migration that reads the old ones. Format 0 was written at 49f3294, before there
+was artefact.json.
 """
 
 import sys
