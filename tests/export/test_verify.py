@@ -66,11 +66,11 @@ def test_a_folder_of_every_format_runs_as_it_did(target: str, number: int) -> No
 def test_a_folder_of_every_format_is_verified_as_far_as_it_says(target: str, number: int) -> None:
     found = verify(folder_of(target, number))
     assert found.same
-    assert (found.target, found.format) == (target, number)
+    assert found.written.startswith(f"{target}, format {number}, written by ")
     if number == 0:
         assert {check.outcome for check in found.checks} == {"not checked"}
         assert "codes     not checked  format 0 has no digests of codes and scales" in str(found)
-        assert str(found).endswith("is readable; what it was is not known")
+        assert str(found).endswith("is readable; what was exported is not known")
         return
     assert outcomes(folder_of(target, number)) == {
         "files": "same",
@@ -98,11 +98,9 @@ def test_verifying_changes_nothing(target: str, copied: Path) -> None:
     assert {path.name: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
-@every_target
+@pytest.mark.parametrize("target", ["onnx", "onnx-qdq", "compressed-tensors", "gguf"])
 def test_a_byte_that_changed_is_found(target: str, copied: Path) -> None:
     """In the middle of a quantized matrix: the file's sum and the digest of the codes say so."""
-    if target == "pytorch":
-        pytest.skip("a record's checksum refuses the file before")
     name, place = middle_of_a_matrix(target, copied)
     content = bytearray((copied / name).read_bytes())
     content[place] ^= 1
@@ -131,7 +129,7 @@ def middle_of_a_matrix(target: str, folder: Path) -> tuple[str, int]:
     return name, content.index(codes.raw_data) + 5
 
 
-def test_the_torch_library_checks_its_own_sums(tmp_path: Path) -> None:
+def test_a_program_has_sums_of_its_own(tmp_path: Path) -> None:
     copied = shutil.copytree(folder_of("pytorch"), tmp_path / "copy")
     content = bytearray((copied / "model.pt2").read_bytes())
     content[len(content) // 4] ^= 1
@@ -273,7 +271,7 @@ def test_a_record_that_is_no_json_is_one_line(content: bytes, tmp_path: Path) ->
 def test_a_folder_that_is_no_artefact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder; expected one that recoup export wrote"):
         verify(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"neither artefact\.json nor parity\.json; expected what recoup"):
+    with pytest.raises(ValueError, match=r"no artefact\.json; expected a folder that recoup export wrote"):
         verify(tmp_path)
 
 
@@ -346,6 +344,6 @@ def test_the_command_says_0_1_or_2(tmp_path: Path, capsys: pytest.CaptureFixture
     assert exit_of("verify", str(copied)) == 1
     said = capsys.readouterr().out
     assert "codes     different    blocks: other codes" in said
-    assert said.splitlines()[-1] == f"{copied} is NOT what was exported"
+    assert said.splitlines()[-1] == f"{copied} is NOT what it should be"
     assert exit_of("verify", str(tmp_path / "none")) == 2
     assert capsys.readouterr().err.startswith(f"recoup: {tmp_path / 'none'}: no such folder")

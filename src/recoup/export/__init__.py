@@ -4,7 +4,8 @@ from recoup.export.export import export, preflight
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity, ParityError
 from recoup.export.targets import TARGETS, target_named, usable
-from recoup.export.verify import Check, Verification, verify
+from recoup.export.verification import Check, Verification
+from recoup.export.verify import verify
 
 __all__ = [
     "TARGETS",

@@ -2,126 +2,78 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
 from recoup.engines.safetensors_file import read_safetensors
 from recoup.export import artefact as record
 from recoup.export.artefact import Artefact
+from recoup.export.measured import of_another_tool, of_artefact
 from recoup.export.migrations import read
 from recoup.export.parity import Parity, ParityError
 from recoup.export.rebuilt import DTYPES, rebuilt
 from recoup.export.targets import Target, usable
-from recoup.export.trained import Stored, Trained
+from recoup.export.trained import Layer, Stored, Trained
+from recoup.export.verification import Check, Verification, not_checked
 from recoup.nn import CodedModule
 
-Outcome = Literal["same", "different", "not checked"]
 _SHOWN = 5
 _STATE = ("scale", "zero_point", "offset", "global_scale")  # of a FakeQuantizer
 _MALFORMED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError, OverflowError)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One claim about a folder.
-
-    Args:
-        what: was compared.
-        outcome: of it.
-        found: what was seen, or why it could not be looked at; names tensors, modules or files.
-    """
-
-    what: str
-    outcome: Outcome
-    found: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """What became of every claim that `export` made.
-
-    Args:
-        folder: that was verified.
-        target: that it was written for.
-        format: of the folder.
-        recoup: the version that wrote it; None where nobody noted it.
-        checks: in the order in which they were made.
-        parity: the figures of the engine; None where it was not run, or differs.
-    """
-
-    folder: Path
-    target: str
-    format: int
-    recoup: str | None
-    checks: tuple[Check, ...]
-    parity: Parity | None = None
-
-    @property
-    def same(self) -> bool:
-        """Nothing that was checked is different."""
-        return all(check.outcome != "different" for check in self.checks)
-
-    def __str__(self) -> str:
-        written = f"by recoup {self.recoup}" if self.recoup else "by a recoup that did not note its version"
-        rows = [f"{check.what:<10}{check.outcome:<13}{check.found}" for check in self.checks]
-        unchecked = all(check.outcome == "not checked" for check in self.checks)
-        verdict = "what was exported" if self.same else "NOT what was exported"
-        verdict = "readable; what it was is not known" if unchecked else verdict
-        return "\n".join(
-            [
-                f"{self.folder}: {self.target}, format {self.format}, written {written}",
-                *rows,
-                f"{self.folder} is {verdict}",
-            ]
-        )
-
-
 @torch.no_grad()
-def verify(folder: str | Path) -> Verification:
+def verify(folder: str | Path, *, model: str | Path | None = None) -> Verification:
     """Check a folder again as `export` did, from the folder alone; changes nothing.
 
     The sums of all files; the codes and scales decoded from their bytes, by their digests, of exactly the
     modules that were quantized; every module in the engine, within its bound of the same module made again
     from its codes; and the engine's outputs for the batch that was recorded, against the trained model's.
 
+    A folder that another tool wrote (compressed-tensors, GPTQ, AWQ, AutoRound, ModelOpt) has nothing
+    recorded: it is decoded, and compared with the float model.
+
     Args:
-        folder: that `export` wrote, with this version or an older one.
+        folder: that `export` wrote, with this version or an older one; or a quantized checkpoint.
+        model: a folder with the float model, to say how far quantized weights and outputs are from it. No
+            code in it is run.
 
     Raises:
-        ValueError: no artefact, one of a newer format, or a damaged file.
+        ValueError: no artefact, one of a newer format, or a damaged file; or a checkpoint that is not
+            understood.
         ImportError: the target's libraries are not installed; names the extra.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected one that recoup export wrote")
-    written, found = read(folder)
+    if model is not None and not Path(model).is_dir():
+        raise ValueError(f"{model}: no such folder; expected the float model's")
+    number, found = read(folder)
     if found is None:
-        raise ValueError(
-            f"{folder}: neither {record.FILE} nor parity.json; expected what recoup export wrote"
-        )
+        return of_another_tool(folder, None if model is None else Path(model))
     target = usable(found.target)
     checks = [_files(folder, found)]
-    stored, codes = _codes(folder, found, target)
-    checks.append(codes)
-    parity, ran = _engine(folder, found, target, stored)
-    checks += ran
+    modules, codes = _codes(folder, found, target)
+    parity, ran = _engine(folder, found, target, modules)
+    checks += [codes, *ran]
+    apart = None
+    if model is not None:
+        apart, compared = of_artefact(folder, Path(model), found, target, modules)
+        checks += compared
+    by = f"recoup {found.recoup}" if found.recoup else "a recoup that did not note its version"
     return Verification(
         folder=folder,
-        target=found.target,
-        format=written,
-        recoup=found.recoup,
+        written=f"{found.target}, format {number}, written by {by}",
         checks=tuple(checks),
         parity=parity,
+        distance=apart,
     )
 
 
 def _files(folder: Path, found: Artefact) -> Check:
     if found.files is None:
-        return _not("files", "format 0 has no sums of its files")
+        return not_checked("files", "format 0 has no sums of its files")
     different: list[str] = []
     for name, written in found.files.items():
         file = record.inside(folder, name)
@@ -134,73 +86,36 @@ def _files(folder: Path, found: Artefact) -> Check:
     return Check(what="files", outcome="same", found=f"{len(found.files)} with the sums of the export")
 
 
-def _codes(folder: Path, found: Artefact, target: Target) -> tuple[dict[str, Stored], Check]:
-    """What the bytes hold of the recorded modules, and whether it is what was recorded."""
+def _codes(folder: Path, found: Artefact, target: Target) -> tuple[dict[str, CodedModule], Check]:
+    """Whether the bytes hold what was recorded; and the modules, made again from the bytes."""
     if found.modules is None:
-        return {}, _not("codes", "format 0 has no digests of codes and scales")
+        return {}, not_checked("codes", "format 0 has no digests of codes and scales")
+    layers = found.layers()
     try:
         with _decoding(found.target):
-            stored = target.stored(folder, found.layers())
+            stored = target.stored(folder, layers)
+            modules = _modules(folder, found, layers, stored)
     except ParityError as error:
         return {}, Check(what="codes", outcome="different", found=str(error))
     different: list[str] = []
     for path, module in found.modules.items():
-        now = record.digests(stored[path], found.schemes[module.scheme].weights)
+        now = record.digests(stored[path], layers[path].scheme.weights)
         different += [
             f"{path}: other {name.replace('_', ' ')}"
             for name, digest in now.items()
             if module.digests.get(name) != digest
         ]
-    codes, scales = (sum(each[name].size for each in stored.values()) for name in ("codes", "scale"))
-    counted = f"{codes:,} codes and {scales:,} scales of {len(stored)} modules, and no other module"
     if different:
-        return stored, Check(what="codes", outcome="different", found=_some(different))
-    return stored, Check(what="codes", outcome="same", found=f"{counted}, are quantized")
-
-
-def _engine(
-    folder: Path, found: Artefact, target: Target, stored: Mapping[str, Stored]
-) -> tuple[Parity | None, list[Check]]:
-    """The modules and the outputs, as the engine computes them."""
-    if found.modules is None:
-        target.load(folder)
-        return None, [_not("engine", "it loads the folder; format 0 has no batch to run")]
-    if not stored:
-        return None, [_not("engine", "the modules cannot be made again from these codes")]
-    if found.example is None:
-        return None, [_not("engine", "the batch of the export held values that no file keeps")]
-    tensors = read_safetensors(folder / record.TENSORS)
-    batch, answers = record.example_of(found, tensors)
-    try:
-        with _decoding(found.target):
-            trained = Trained(
-                modules=_modules(found, stored, tensors),
-                places={place: path for path, module in found.modules.items() for place in module.places},
-                example=batch,
-                answers=answers,
-                recorded=answers,
-            )
-            parity = target.compare(trained, folder)
-    except ParityError as error:
-        return None, [Check(what="engine", outcome="different", found=str(error))]
-    modules = _not("modules", "the engine shows no module's output")
-    if parity.worst_module is not None:
-        bound = f"{parity.modules} in the engine, within {parity.worst_module:.0%} of their bound"
-        modules = Check(what="modules", outcome="same", found=bound)
-    outputs = f"{parity.end_to_end:.1e} from the recorded ones (relative, RMS)"
-    if parity.divergence is not None and parity.same_word is not None:
-        outputs += f"; next words {parity.divergence:.1e} nats apart, {parity.same_word:.0%} the same"
-    return parity, [modules, Check(what="outputs", outcome="same", found=outputs)]
-
-
-def _not(what: str, why: str) -> Check:
-    return Check(what=what, outcome="not checked", found=why)
+        return modules, Check(what="codes", outcome="different", found=_some(different))
+    codes, scales = (sum(each[name].size for each in stored.values()) for name in ("codes", "scale"))
+    counted = f"{codes:,} codes and {scales:,} scales of {len(stored)} modules, and no other is quantized"
+    return modules, Check(what="codes", outcome="same", found=counted)
 
 
 def _modules(
-    found: Artefact, stored: Mapping[str, Stored], tensors: Mapping[str, Tensor]
+    folder: Path, found: Artefact, layers: Mapping[str, Layer], stored: Mapping[str, Stored]
 ) -> dict[str, CodedModule]:
-    layers, recorded = found.layers(), found.modules or {}
+    tensors, recorded = read_safetensors(folder / record.TENSORS), found.modules or {}
     return {
         path: rebuilt(
             path,
@@ -213,6 +128,40 @@ def _modules(
         )
         for path, module in recorded.items()
     }
+
+
+def _engine(
+    folder: Path, found: Artefact, target: Target, modules: Mapping[str, CodedModule]
+) -> tuple[Parity | None, list[Check]]:
+    """The modules and the outputs, as the engine computes them."""
+    if found.modules is None:
+        target.load(folder)
+        return None, [not_checked("engine", "it loads the folder; format 0 has no batch to run")]
+    if not modules:
+        return None, [not_checked("engine", "the modules cannot be made again from these codes")]
+    if found.example is None:
+        return None, [not_checked("engine", "the batch of the export held values that no file keeps")]
+    batch, answers = record.example_of(found, read_safetensors(folder / record.TENSORS))
+    trained = Trained(
+        modules=modules,
+        places={place: path for path, module in found.modules.items() for place in module.places},
+        example=batch,
+        answers=answers,
+        recorded=answers,
+    )
+    try:
+        with _decoding(found.target):
+            parity = target.compare(trained, folder)
+    except ParityError as error:
+        return None, [Check(what="engine", outcome="different", found=str(error))]
+    within = not_checked("modules", "the engine shows no module's output")
+    if parity.worst_module is not None:
+        bound = f"{parity.modules} in the engine, within {parity.worst_module:.0%} of their bound"
+        within = Check(what="modules", outcome="same", found=bound)
+    outputs = f"{parity.end_to_end:.1e} from the recorded ones (relative, RMS)"
+    if parity.divergence is not None and parity.same_word is not None:
+        outputs += f"; next words {parity.divergence:.1e} nats apart, {parity.same_word:.0%} the same"
+    return parity, [within, Check(what="outputs", outcome="same", found=outputs)]
 
 
 @contextmanager
