@@ -7,7 +7,7 @@ What is proven where:
                              each is within its bound, which follows from its arithmetic (`parity.expected`),
                              not from what was observed. A value that is returned cannot be fused away
     in the session of users  so what onnxruntime fuses only without taps is judged by the outputs alone, end
-                             to end (see `parity.end_to_end`)
+                             to end (see `parity.end_to_end`), and word after word (see `onnx_decoding`)
 """
 
 import json
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export import onnx_bytes
 from recoup.export.onnx import AGAIN, FILE, MODULES, TIED
+from recoup.export.onnx_decoding import decoded
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Parity, ParityError, divergence, end_to_end, equal, expected
@@ -91,7 +92,9 @@ def compared(
                 f"{path}: {engine}'s output is {float(excess):.3g} times its bound from the trained one"
             )
         worst = max(worst, float(excess))
-    outputs = call(load(folder), example)
+    shipped = load(folder)
+    outputs = call(shipped, example)
+    words, ties = decoded(model, shipped, example) if shipped.presents else (None, None)
     nats, same = None, None
     if isinstance(outputs, Mapping) and "logits" in outputs:
         nats, same = divergence(_Logits(model), outputs["logits"], example, engine=engine)
@@ -103,6 +106,8 @@ def compared(
         end_to_end=end_to_end(model, outputs, example, engine=engine),
         divergence=nats,
         same_word=same,
+        decoded=words,
+        ties=ties,
     )
 
 

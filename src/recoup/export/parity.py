@@ -44,6 +44,8 @@ class Parity:
         divergence: of a model that answers logits: the mean Kullback-Leibler divergence of the engine's next
             word (or class) from the trained model's, in nats; None where it is not asked.
         same_word: the share of places where both find the same word or class most likely; None likewise.
+        decoded: of a file that decodes: words that were compared with what the trained model generates.
+        ties: how many of them differ, each no further from the trained one than rounding explains.
         engine: what computed it, where that is not the engine that the target is named for.
         falls_back: what is not multiplied in codes, by node or module: what it falls back to, and why.
     """
@@ -55,6 +57,8 @@ class Parity:
     end_to_end: float
     divergence: float | None = None
     same_word: float | None = None
+    decoded: int | None = None
+    ties: int | None = None
     engine: str | None = None
     falls_back: Mapping[str, str] | None = None
 
@@ -72,6 +76,8 @@ class Parity:
         parts.append(f"end to end {self.end_to_end:.1e} (relative, RMS)")
         if self.divergence is not None and self.same_word is not None:
             parts.append(f"next words {self.divergence:.1e} nats apart, {self.same_word:.0%} the same")
+        if self.decoded is not None:
+            parts.append(f"{self.decoded} words decoded as generated, {self.ties} of them ties")
         if self.falls_back:
             parts.append(f"in floats: {len(self.falls_back)} (parity.json names them)")
         if self.engine is not None:
@@ -90,7 +96,7 @@ def end_to_end(
 ) -> float:
     """How far an engine's outputs are from the trained model's (relative, RMS).
 
-    Two things make two correct engines differ. Rounding errors of sums: `_shaken`. And, where inputs are
+    Two things make two correct engines differ. Rounding errors of sums: `shaken`. And, where inputs are
     quantized, a rounding error that flips a code: every later code of that token may then fall the other
     way, until the two runs are as far apart as if one of them rounded at random. That is at most what
     quantizing the inputs changes at all, so that is the allowance for it.
@@ -110,7 +116,7 @@ def end_to_end(
     trained = call(model, example)
     with quantization_off(model):
         plain = call(model, example)
-        with _shaken(model, weight_roundoff):
+        with shaken(model, weight_roundoff):
             rounding = relative_rms(plain, call(model, example))
     drift = relative_rms(trained, outputs)
     allowed = 3 * rounding + lattices * relative_rms(trained, plain)
@@ -152,7 +158,7 @@ def divergence(
     trained = call(model, example)
     with quantization_off(model):
         plain = call(model, example)
-        with _shaken(model, weight_roundoff):
+        with shaken(model, weight_roundoff):
             rounding = _nats(plain, call(model, example))
     found = _nats(trained, outputs)
     allowed = (3 * rounding**0.5 + lattices * _nats(trained, plain) ** 0.5) ** 2
@@ -246,7 +252,7 @@ def _roundoff(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def _shaken(model: nn.Module, weight_roundoff: float) -> Generator[None]:
+def shaken(model: nn.Module, weight_roundoff: float = 0.0) -> Generator[None]:
     """Noise on the input of every quantized module, of the size of the rounding error of a sum.
 
     That is 2^-24 sqrt(K) times the input's RMS for a sum of K terms (Higham 2002, section 4.2); a relative
