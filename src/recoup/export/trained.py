@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from recoup.export.answers import Answers
+from recoup.export.onnx_decoding import Generation
 from recoup.export.parity import Array, ParityError, equal
 from recoup.nn import Batch, CodedModule, FakeQuantizer, is_coded
 from recoup.schemes import Scheme
@@ -41,6 +42,7 @@ class Trained:
         example: the batch that was asked.
         answers: what the trained model answers.
         recorded: the part of it that goes into the folder.
+        generation: of a model that the file decodes, what it says; None also where nobody has it any more.
         kept: the tensors that are not quantized, with the values of the file; None where nobody has them any
             more, and the sums of the files have to speak for them.
     """
@@ -50,6 +52,7 @@ class Trained:
     example: Batch
     answers: Answers
     recorded: Answers
+    generation: Generation | None = field(default=None, repr=False)
     kept: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @property

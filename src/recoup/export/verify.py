@@ -161,7 +161,12 @@ def _engine(
     outputs = f"{parity.end_to_end:.1e} from the recorded ones (relative, RMS)"
     if parity.divergence is not None and parity.same_word is not None:
         outputs += f"; next words {parity.divergence:.1e} nats apart, {parity.same_word:.0%} the same"
-    return parity, [within, Check(what="outputs", outcome="same", found=outputs)]
+    checks = [within, Check(what="outputs", outcome="same", found=outputs)]
+    if getattr(target.load(folder), "presents", None):
+        checks.append(not_checked("generation", "the words that the trained model said are not recorded"))
+            not_checked("generation", "the words that the trained model generated are not recorded")
+        )
+    return parity, checks
 
 
 @contextmanager
