@@ -135,7 +135,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path, written: list[Path]) -> None:
     (tmp_path / "out").mkdir()
     export(small(), tmp_path / "out", "onnx")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+        *("model.onnx", "parity.json", "artefact.json", "artefact.tensors")
     }
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -237,7 +237,7 @@ def test_a_model_that_was_not_loaded_takes_nothing_from_the_working_directory(
     with pytest.warns(UserWarning, match="no tokenizer or image processor; pass processor="):
         export(ptq(Configured(), "w4a16", [torch.randn(2, 96)]), "out", "onnx")
     assert {path.name for path in Path("out").iterdir()} == {
-        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+        *("model.onnx", "parity.json", "artefact.json", "artefact.tensors")
     }
 
 

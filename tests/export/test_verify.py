@@ -297,7 +297,7 @@ def test_a_large_batch_is_cut_and_so_are_its_answers(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(1024, 4096)).eval()
     example = torch.randn(2000, 1024)
     export(ptq(model, "w4a16", [example[:8]]), tmp_path / "out", "onnx", example=example)
-    tensors = load_file(tmp_path / "out" / "artefact.safetensors")
+    tensors = load_file(tmp_path / "out" / "artefact.tensors")
     assert tensors["example.0"].shape == (1024, 1024)
     every = record(tmp_path / "out")["example"]["every"]
     assert every == 4

@@ -1,4 +1,4 @@
-"""What a folder says of itself, so that it can be verified later: artefact.json, and artefact.safetensors.
+"""What a folder says of itself, so that it can be verified later: artefact.json, and artefact.tensors.
 
 The JSON has the format of the folder, the scheme and the digests of every quantized module, and the sums of
 all files; the tensors are a batch, what the trained model answered to it, biases, and the scales of inputs.
@@ -25,7 +25,8 @@ from recoup.nn import Batch, CodedModule, FakeQuantizer
 from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
 
-FILE, TENSORS, FORMAT = "artefact.json", "artefact.safetensors", 1
+FILE, FORMAT = "artefact.json", 1
+TENSORS = "artefact.tensors"  # safetensors; under that name vLLM would take it for weights
 _LARGEST = 2**26  # of artefact.json
 Scalar = bool | int | float | str | None
 
@@ -60,7 +61,7 @@ class Example:
     """The batch that was asked, and what the answers may differ by.
 
     Args:
-        batch: whether it is a mapping, a sequence, or one tensor; the tensors are in artefact.safetensors.
+        batch: whether it is a mapping, a sequence, or one tensor; the tensors are in artefact.tensors.
         others: its values that are no tensors, by name or place.
         answers: the names of the outputs, in their order.
         every, allowed, allowed_nats: see `Answers`.

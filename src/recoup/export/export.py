@@ -91,7 +91,7 @@ def export(
 
     Returns:
         What was compared, and how close it is; also in the folder, as parity.json. What `verify` compares
-        it with later is in artefact.json and artefact.safetensors.
+        it with later is in artefact.json and artefact.tensors.
 
     Raises:
         ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
