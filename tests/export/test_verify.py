@@ -1,6 +1,9 @@
 """A folder is verified later, from the folder alone; folders of all formats are read."""
 
+import copy
+import functools
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -266,6 +269,34 @@ def test_a_record_that_is_no_json_is_one_line(content: bytes, tmp_path: Path) ->
     (copied / "artefact.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"artefact\.json: [^\n]*; export it again"):
         verify(copied)
+
+
+_ANYTHING = (None, True, -1, 0, 2**31, 2**70, 1e300, "", "x", "w4a16", "../x", "\0", [], [1], {}, {"a": 1})
+
+
+def test_a_record_changed_at_random_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    data = json.loads((folder_of("onnx") / "artefact.json").read_text())
+    places = [place for place in _places(data) if place and place[0] != "files"]
+    copied = shutil.copytree(folder_of("onnx"), tmp_path / "copy")
+    found = {"read": 0, "refused": 0}
+    for seed in range(150):
+        draw, changed = random.Random(seed), copy.deepcopy(data)
+        *path, last = draw.choice(places)
+        owner = functools.reduce(lambda owner, key: owner[key], path, changed)
+        owner[last] = draw.choice(_ANYTHING)
+        (copied / "artefact.json").write_text(json.dumps(changed))
+        try:
+            str(verify(copied))
+            found["read"] += 1
+        except ValueError as error:
+            assert "\n" not in str(error)
+            found["refused"] += 1
+    assert min(found.values()) > 10
+
+
+def _places(data: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [above, *(place for key, value in inner for place in _places(value, (*above, key)))]
 
 
 def test_a_folder_that_is_no_artefact_is_refused(tmp_path: Path) -> None:
