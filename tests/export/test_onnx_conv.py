@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from recoup import Recipe, export, prepare, resolve
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export import TARGETS, ParityError, preflight
-from recoup.nn import CodedConv
+from recoup.nn import CodedConv, seen_bias
 from recoup.numerics import IntFormat
 from recoup.schemes import PRESETS, Scheme
 
@@ -50,7 +50,8 @@ def _schemes() -> dict[str, Scheme]:
     channels = PRESETS["w8a8-static"].weights
     inputs = PRESETS["w8a8-ort-static"].inputs
     assert inputs is not None
-    return {name: PRESETS[name] for name in ("w8a8-static", "w8a8-ort", "w8a8-ort-static")} | {
+    names = ("w8a8-static", "w8a8-ort", "w8a8-ort-static", "w7a8-ort-static")
+    return {name: PRESETS[name] for name in names} | {
         scheme.name: scheme
         for scheme in (
             Scheme(name="w8a16-channels", weights=channels),
@@ -129,7 +130,8 @@ def bound(model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
     twin = CONVOLUTIONS[path.partition(".")[2]]().double()
     with torch.no_grad():
         seen, weight = layer.input_quantizer(x).double(), layer.weight_quantizer(layer.weight).double()
-        bias = None if layer.bias is None else layer.bias.double()
+        bias = seen_bias(layer)
+        bias = None if bias is None else bias.double()
         state = {"weight": weight} | ({} if bias is None else {"bias": bias})
         twin.load_state_dict(state)
         value = twin(seen)

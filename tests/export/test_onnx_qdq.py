@@ -166,6 +166,8 @@ def test_codes_and_scales_have_onnxs_own_types_and_their_bits(branches: Exported
         assert types == list(TYPES[name]), name
         bits = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}.get(TYPES[name][0], 8)
         assert len(codes.raw_data) == WIDTH * FEATURES * bits // 8
+        module = branches.converted.get_submodule(f"linear.{name}")
+        assert TARGETS["onnx-qdq"].width(module.scheme, type(module)) == bits
         compared += 1
     assert compared >= 3
 

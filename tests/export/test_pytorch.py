@@ -218,6 +218,15 @@ def test_everything_was_read_back(programs: Written) -> None:
     }
 
 
+def test_the_width_of_a_code_is_the_one_that_preflight_tells(programs: Written) -> None:
+    for name in TABLE:
+        module: Any = programs.converted.get_submodule(f"linear.{name}")
+        held = dict(lowering.opened(module, lowering.Processor()).named_buffers())
+        codes = next(held[key] for key in ("codes", "weight.codes") if key in held)
+        width = TARGETS["pytorch"].width(module.scheme, type(module))
+        assert 8 * codes.numel() == width * module.weight.codes.numel(), name
+
+
 def test_batch_and_length_are_free(engine: PytorchModel) -> None:
     for batch, tokens in ((1, 1), (1, 7), (4, 2)):
         found = engine(**noise(batch, tokens))

@@ -64,7 +64,7 @@ class Example:
         batch: whether it is a mapping, a sequence, or one tensor; the tensors are in artefact.tensors.
         others: its values that are no tensors, by name or place.
         answers: the names of the outputs, in their order.
-        every, allowed, allowed_nats: see `Answers`.
+        every, allowed, allowed_nats, allowed_flip: see `Answers`.
     """
 
     batch: Literal["mapping", "sequence", "tensor"]
@@ -73,6 +73,7 @@ class Example:
     every: int
     allowed: float
     allowed_nats: float | None
+    allowed_flip: float | None = None
 
 
 @with_config(extra="forbid")
@@ -205,6 +206,7 @@ def example_of(artefact: Artefact, tensors: Mapping[str, Tensor]) -> tuple[Batch
         values={name: answered[name] for name in found.answers},
         allowed=found.allowed,
         allowed_nats=found.allowed_nats,
+        allowed_flip=found.allowed_flip,
         every=found.every,
     )
 
@@ -287,6 +289,7 @@ def _recorded(trained: Trained) -> tuple[dict[str, Tensor], Example | None]:
         every=answers.every,
         allowed=answers.allowed,
         allowed_nats=answers.allowed_nats,
+        allowed_flip=answers.allowed_flip,
     )
 
 

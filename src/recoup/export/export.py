@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from recoup.convert import convert
 from recoup.export import artefact
+from recoup.export.fields import too_wide
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
 from recoup.nn import CODED_MODULES, Batch, cut, is_coded, is_prepared, moved, quant_type, size_of
@@ -46,7 +47,8 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
         tensor_parallel: devices over which the engine will split every matrix.
 
     Returns:
-        What computes every quantized module there, or how it is stored, by name.
+        What computes every quantized module there, or how it is stored, by name. Where codes lie in fields
+        wider than they need, that says so, and a warning says what it costs.
 
     Raises:
         ValueError: no such target, or a model or a module whose scheme the engine cannot run, or not on so
@@ -62,7 +64,14 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
     there.check(model, modules)
     if tensor_parallel > 1:
         there.split(model, modules, tensor_parallel)
-    return {path: there.kernel(scheme, kind) for path, (scheme, kind) in modules.items()}
+    widths = {path: (scheme, there.width(scheme, kind)) for path, (scheme, kind) in modules.items()}
+    for line in too_wide(model, widths):
+        warnings.warn(f"{target}: {line}", stacklevel=2)
+    fields = {
+        path: f", in fields of {width} bits" if width > scheme.weights.format.bits else ""
+        for path, (scheme, width) in widths.items()
+    }
+    return {path: there.kernel(scheme, kind) + fields[path] for path, (scheme, kind) in modules.items()}
 
 
 def export(

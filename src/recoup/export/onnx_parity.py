@@ -12,7 +12,7 @@ What is proven where:
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export import onnx_bytes
 from recoup.export.answers import answers
-from recoup.export.onnx import AGAIN, FILE, MODULES
+from recoup.export.onnx import AGAIN, FILE, MODULES, TIED
+from recoup.export.onnx_integer_conv import ROUNDED_AS
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Array, Parity, ParityError, expected
+from recoup.export.tracing import positional
 from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
-from recoup.nn import Batch, call
-from recoup.numerics import QuantSpec
+from recoup.nn import Batch, FakeQuantizer, call
+from recoup.numerics import QuantSpec, dequantize
 
 
 @torch.no_grad()
@@ -54,10 +56,11 @@ def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
     nodes = _modules(file)
     check_modules("the file quantizes", nodes, layers)
     tensors, packed = {tensor.name: tensor for tensor in file.graph.initializer}, read_codes(file)
+    owners = _owners(file)
     return {
         path: _same_view(path, layer.scheme.weights, *packed[path])
         if path in packed
-        else _typed(path, layer.scheme.weights, tensors)
+        else _typed(owners.get(path, path), layer.scheme.weights, tensors)
         for path, layer in layers.items()
     }
 
@@ -97,7 +100,13 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
         x, y = results[values["input"]], results[values["output"]]
-        expected_y, bound = expected(trained.modules[path], x)
+        module: Any = trained.modules[path]
+        if x.dtype == torch.uint8:
+            x = _decoded(x, module.input_quantizer)
+        expected_y, bound = expected(module, x)
+        if ROUNDED_AS in values:
+            reader: Any = trained.modules[values[ROUNDED_AS]]
+            y, expected_y, bound = _rounded(y, expected_y, bound, reader.input_quantizer)
         excess = ((y.double() - expected_y).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
@@ -116,12 +125,41 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
     )
 
 
+def _decoded(codes: Tensor, lattice: FakeQuantizer) -> Tensor:
+    """What uint8 codes of an input stand for; signed ones lie around 128."""
+    offset = 128 if lattice.spec.format.lo else 0
+    view = codes.reshape(1, -1).to(torch.int16) - offset
+    return dequantize(view, lattice.stored_qparams, lattice.spec).reshape(codes.shape)
+
+
+def _rounded(
+    codes: Tensor, trained: Tensor, bound: Tensor, lattice: FakeQuantizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An output that the engine gives as codes, what was trained, and how far they may be apart.
+
+    A code is right if what it stands for is the nearest to something within the bound of the trained sum:
+    half a step more. What lies outside of the lattice has the code at its end.
+    """
+    ends = _decoded(torch.tensor([0, 255], dtype=torch.uint8), lattice).double()
+    half = lattice.stored_qparams.step.double().flatten() / 2
+    return _decoded(codes, lattice), trained.clamp(*ends), bound + half
+
+
 def _modules(file: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The quantized modules of a file, each with the node that reads its codes."""
+    """The quantized modules of a file, each with the node that reads its codes; tied ones with the same."""
     stored = {tensor.name for tensor in file.graph.initializer if tensor.name.endswith(".codes")}
-    return {
-        name.removesuffix(".codes"): node for node in file.graph.node for name in node.input if name in stored
+    readers = {
+        name.removesuffix(".codes"): node
+        for node in file.graph.node
+        for name in node.input
+        if name in stored and node.op_type != "Reshape"  # is no layout of its own
     }
+    return readers | {path: readers[owner] for path, owner in _owners(file).items() if owner in readers}
+
+
+def _owners(file: onnx.ModelProto) -> dict[str, str]:
+    """Where the codes of a module lie that are stored for another one."""
+    return json.loads(_metadata(file).get(TIED, "{}"))
 
 
 def _is_typed(node: onnx.NodeProto) -> bool:
@@ -168,13 +206,15 @@ def read_codes(file: onnx.ModelProto) -> dict[str, tuple[Array, Array, Array]]:
     """
     initializers = {tensor.name: tensor for tensor in file.graph.initializer}
     modules: dict[str, tuple[Array, Array, Array]] = {}
+    owners = _owners(file)
     for path, node in _modules(file).items():
         if _is_typed(node):
             continue
+        owner = owners.get(path, path)
         arrays = {
-            name: numpy_helper.to_array(initializers[f"{path}.{name}"])
+            name: numpy_helper.to_array(initializers[f"{owner}.{name}"])
             for name in ("codes", "scale", "zero_point")
-            if f"{path}.{name}" in initializers
+            if f"{owner}.{name}" in initializers
         }
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         modules[path] = _unpacked(node.op_type, attributes, **arrays)
@@ -193,8 +233,9 @@ def _unpacked(
         if zero_point is None:
             return values, scale, np.array(0)
         return values, scale, _bits(zero_point.reshape(rows, -1), bits)[:, : scale.shape[1]] - middle
-    if op == "Cast":  # of a convolution: a row of codes for every output channel
-        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), np.array(0)
+    if op in ("Cast", "QLinearConv"):  # of a convolution: a row of codes for every output channel
+        zeros = np.array(0) if zero_point is None else zero_point.reshape(-1, 1)
+        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), zeros
     middle = 128 if codes.dtype == np.uint8 else 0
     stored_zero = 0 if zero_point is None else int(zero_point)
     return (
@@ -220,7 +261,7 @@ class _OpenedFile:
         modules: dict[str, dict[str, str]],
         load: Callable[[Path], OnnxModel],
     ) -> None:
-        self.names = sorted({name for values in modules.values() for name in values.values()})
+        self.names = sorted({values[end] for values in modules.values() for end in ("input", "output")})
         opened = onnx.ModelProto()
         opened.CopyFrom(file)
         known = {value.name for value in (*opened.graph.input, *opened.graph.output)}
@@ -237,19 +278,13 @@ class _OpenedFile:
             self.model = load(Path(temporary))
 
     def run(self, example: Batch) -> dict[str, Tensor]:
-        feeds = _feeds(example, self.model.inputs)
+        given = example if isinstance(example, Mapping) else {}
+        feeds = self.model.feeds(*([] if given else positional(example)), **given)
         inner = [name for name in self.names if name not in feeds]
         results = self.model.session.run(inner, feeds)
         return {
             n: torch.from_numpy(np.array(v)) for n, v in (*zip(inner, results, strict=True), *feeds.items())
         }
-
-
-def _feeds(example: Batch, names: list[str]) -> dict[str, Array]:
-    if isinstance(example, Mapping):
-        return {name: example[name].cpu().numpy() for name in names}
-    tensors: Sequence[Any] = [example] if isinstance(example, Tensor) else example
-    return {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def _metadata(file: onnx.ModelProto) -> dict[str, str]:

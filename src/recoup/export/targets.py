@@ -33,6 +33,7 @@ class Target:
         check: (float or converted model, {module: (scheme, type of the converted module)}); raises ValueError
             for what the engine cannot run.
         kernel: (scheme, type of the converted module) -> what computes it, or how it is stored.
+        width: (scheme, type of the converted module) -> bits that a code of its weight takes in the file.
         split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
             parts of every matrix on a device each.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
@@ -44,6 +45,7 @@ class Target:
             ParityError for other modules.
         compare: (what was trained, folder); the proof. Raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
+        timed: its engine here says something about speed.
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
     """
 
@@ -51,6 +53,7 @@ class Target:
     packages: tuple[str, ...]
     check: Callable[[nn.Module, Quantized], None]
     kernel: Callable[[Scheme, type], str]
+    width: Callable[[Scheme, type], int]
     split: Callable[[nn.Module, Quantized, int], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
@@ -58,6 +61,7 @@ class Target:
     stored: Callable[[Path, Mapping[str, Layer]], dict[str, Stored]]
     compare: Callable[[Trained, Path], Parity]
     load: Callable[[Path], nn.Module]
+    timed: bool
     costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
 
     def verify(self, model: nn.Module, folder: Path, example: Batch) -> Parity:
@@ -82,6 +86,11 @@ def _as_it_is(model: nn.Module) -> nn.Module:
     return model
 
 
+def _its_bits(scheme: Scheme, kind: type) -> int:
+    del kind
+    return scheme.weights.format.bits
+
+
 def _one_device(model: nn.Module, modules: Quantized, devices: int) -> None:
     del model, modules
     raise ValueError(
@@ -96,6 +105,7 @@ TARGETS: dict[str, Target] = {
         packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
         check=_of("onnx", "check"),
         kernel=_of("onnx_nodes", "kernel"),
+        width=_of("onnx_nodes", "width"),
         split=_one_device,
         settle=_as_it_is,
         write=_of("onnx", "write"),
@@ -103,6 +113,7 @@ TARGETS: dict[str, Target] = {
         stored=_of("onnx_parity", "stored"),
         compare=_of("onnx_parity", "compare"),
         load=onnxruntime.OnnxModel,
+        timed=True,
         costs=partial(
             compare_costs,
             load=onnxruntime.OnnxModel,
@@ -115,6 +126,7 @@ TARGETS: dict[str, Target] = {
         packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
         check=_of("onnx_qdq", "check_all"),
         kernel=_of("onnx_qdq", "kernel"),
+        width=_of("onnx_qdq", "width"),
         split=_one_device,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
@@ -122,6 +134,7 @@ TARGETS: dict[str, Target] = {
         stored=_of("onnx_parity", "stored"),
         compare=_of("onnx_qdq_parity", "compare"),
         load=onnx_standard.StandardOnnx,
+        timed=False,
         costs=partial(compare_sizes, size_bytes=onnxruntime.size_bytes, unmeasured=onnx_standard.UNMEASURED),
     ),
     "compressed-tensors": Target(
@@ -129,6 +142,7 @@ TARGETS: dict[str, Target] = {
         packages=("compressed_tensors", "transformers"),
         check=_of("compressed_tensors", "check"),
         kernel=_of("compressed_tensors_config", "kernel"),
+        width=_its_bits,
         split=_of("tensor_parallel", "check_split"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
@@ -136,6 +150,7 @@ TARGETS: dict[str, Target] = {
         stored=_of("compressed_tensors_parity", "stored"),
         compare=_of("compressed_tensors_parity", "compare"),
         load=transformers.load,
+        timed=False,
         costs=partial(compare_sizes, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED),
     ),
     "pytorch": Target(
@@ -143,6 +158,7 @@ TARGETS: dict[str, Target] = {
         packages=(),
         check=_of("pytorch", "check"),
         kernel=_of("pytorch_modules", "kernel"),
+        width=_of("pytorch_modules", "width"),
         split=_one_device,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
@@ -150,6 +166,7 @@ TARGETS: dict[str, Target] = {
         stored=_of("pytorch_parity", "stored"),
         compare=_of("pytorch_parity", "compare"),
         load=pytorch.PytorchModel,
+        timed=True,
         costs=partial(
             compare_costs,
             load=pytorch.PytorchModel,
@@ -162,6 +179,7 @@ TARGETS: dict[str, Target] = {
         packages=("gguf", "xllamacpp", "transformers"),
         check=_of("gguf", "check"),
         kernel=_of("gguf_blocks", "kernel"),
+        width=_its_bits,
         split=_one_device,
         settle=_as_it_is,
         write=_of("gguf", "write"),
@@ -169,6 +187,7 @@ TARGETS: dict[str, Target] = {
         stored=_of("gguf_parity", "stored"),
         compare=_of("gguf_parity", "compare"),
         load=llama_cpp.LlamaCpp,
+        timed=True,
         costs=partial(
             compare_costs,
             load=llama_cpp.Prompts,

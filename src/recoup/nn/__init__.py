@@ -19,6 +19,7 @@ from recoup.nn.coded import (
 )
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
+from recoup.nn.integer_bias import bias_codes, make_room, seen_bias
 from recoup.nn.modules import (
     QUANT_MODULES,
     QuantConv1D,
@@ -49,15 +50,18 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",
+    "bias_codes",
     "call",
     "cut",
     "device_of",
     "evaluating",
     "is_coded",
     "is_prepared",
+    "make_room",
     "moved",
     "quant_type",
     "quantization_off",
+    "seen_bias",
     "size_of",
     "without_labels",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
+from recoup.nn.integer_bias import coded_bias
 from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
 from recoup.nn.twin import QuantModule
 from recoup.numerics import QParams, QuantSpec, dequantize, quantize
@@ -89,7 +90,7 @@ class CodedLinear(nn.Module):
         self.scheme = prepared.scheme
         self.in_features, self.out_features = prepared.in_features, prepared.out_features
         self.weight = Codes.of(prepared) if weight is None else weight
-        self.bias: Tensor | None = prepared.bias
+        self.bias: Tensor | None = coded_bias(prepared) if weight is None else prepared.bias
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
@@ -123,7 +124,7 @@ class CodedConv(nn.Module):
         self.edges = tuple(prepared._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage]
         self.dilation, self.groups = prepared.dilation, prepared.groups
         self.weight = Codes.of(prepared) if weight is None else weight
-        self.bias: Tensor | None = prepared.bias
+        self.bias: Tensor | None = coded_bias(prepared) if weight is None else prepared.bias
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
