@@ -191,7 +191,7 @@ def test_a_processor_is_saved_into_the_folder(tmp_path: Path, written: list[Path
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "mine"
 
 
-PROVED = {"model.onnx", "parity.json", "artefact.json", "artefact.safetensors"}
+PROVED = {"model.onnx", "parity.json", "artefact.json", "artefact.tensors"}
 
 
 def test_a_processor_is_copied_from_the_models_folder(tmp_path: Path, written: list[Path]) -> None:

@@ -20,7 +20,8 @@ from recoup.cli import main
 from recoup.export import TARGETS, verify
 from recoup.export.artefact import FORMAT
 from recoup.export.migrations import MIGRATIONS
-from recoup.nn import call
+from recoup.nn import FakeQuantizer, call
+from recoup.schemes import PRESETS
 
 from .artefacts import write as golden
 from .conftest import Exported
@@ -341,7 +342,7 @@ def test_a_large_batch_is_cut_and_so_are_its_answers(tmp_path: Path) -> None:
 def test_a_batch_that_no_file_keeps_is_said_to_be_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recoup.export import artefact
+    from recoup.export import record as recorded
     from recoup.export.answers import answers
     from recoup.export.trained import Trained, coded
 
@@ -352,10 +353,37 @@ def test_a_batch_that_no_file_keeps_is_said_to_be_not_recorded(
         whole, part = answers(model, batch)
         (tmp_path / name).mkdir()
         found = Trained(modules=modules, places=places, example=batch, answers=whole, recorded=part)
-        artefact.write(tmp_path / name, "onnx", found)
+        recorded.write(tmp_path / name, "onnx", found)
         example = record(tmp_path / name)["example"]
         assert (example is not None) == kept
     assert example is None
+
+
+def test_a_quantizer_of_its_own_is_recorded(tmp_path: Path) -> None:
+    """One that belongs to no quantized module: of an output, of keys and values."""
+    from recoup.export import artefact, migrations
+    from recoup.export import record as recorded
+    from recoup.export.answers import answers
+    from recoup.export.rebuilt import quantizer
+    from recoup.export.trained import Trained, coded, lattices
+
+    spec = PRESETS["w8a8-static"].inputs
+    assert spec is not None
+    model = convert(ptq(nn.Sequential(nn.Linear(32, 8)), "w8a8-static", [torch.randn(4, 32)])).eval()
+    model.add_module("own", FakeQuantizer(spec, rows=None, columns=None))
+    model.own.set_range(torch.tensor([[-1.0]]), torch.tensor([[3.0]]))
+    (modules, places), x = coded(model), torch.randn(4, 32)
+    whole, part = answers(model, x)
+    found = Trained(
+        modules=modules, places=places, example=x, answers=whole, recorded=part, lattices=lattices(model)
+    )
+    assert set(found.lattices) == {"own"}
+    recorded.write(tmp_path, "onnx", found)
+    _, read = migrations.read(tmp_path)
+    assert read is not None
+    tensors = load_file(tmp_path / "artefact.tensors")
+    again = quantizer("own", read.lattices["own"], None, artefact.state_of("lattice", "own", tensors))
+    assert torch.equal(again(x), model.own(x))
 
 
 # The command

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from recoup.convert import convert
-from recoup.export import artefact
+from recoup.export import record
 from recoup.export.fields import too_wide
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
@@ -128,7 +128,7 @@ def export(
         writer.write(coded, unproven, example)
         trained = writer.trained(coded, unproven, example)
         parity = writer.compare(trained, unproven)
-        artefact.write(unproven, target, trained)
+        record.write(unproven, target, trained)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()

@@ -32,7 +32,7 @@ from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Array, Parity, ParityError, expected
 from recoup.export.tracing import positional
-from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded, lattices
 from recoup.nn import Batch, FakeQuantizer, call
 from recoup.numerics import QuantSpec, dequantize
 
@@ -43,7 +43,14 @@ def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
     del folder
     modules, places = coded(model)
     answered, recorded = answers(model, example)
-    return Trained(modules=modules, places=places, example=example, answers=answered, recorded=recorded)
+    return Trained(
+        modules=modules,
+        places=places,
+        example=example,
+        answers=answered,
+        recorded=recorded,
+        lattices=lattices(model),
+    )
 
 
 def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:

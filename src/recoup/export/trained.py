@@ -41,6 +41,7 @@ class Trained:
         example: the batch that was asked.
         answers: what the trained model answers.
         recorded: the part of it that goes into the folder.
+        lattices: the quantizers that belong to no module in `modules`, by name.
         kept: the tensors that are not quantized, with the values of the file; None where nobody has them any
             more, and the sums of the files have to speak for them.
     """
@@ -50,6 +51,7 @@ class Trained:
     example: Batch
     answers: Answers
     recorded: Answers
+    lattices: Mapping[str, FakeQuantizer] = field(default_factory=dict)
     kept: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -78,6 +80,16 @@ def coded(model: nn.Module) -> tuple[dict[str, CodedModule], dict[str, str]]:
             modules.setdefault(path, module)
             places[place] = path
     return modules, places
+
+
+def lattices(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """The quantizers of a converted model that are no coded module's inputs."""
+    inputs = {id(getattr(module, "input_quantizer", None)) for module in model.modules() if is_coded(module)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizer) and id(module) not in inputs
+    }
 
 
 def tensors_of(module: CodedModule) -> dict[str, Tensor]:
