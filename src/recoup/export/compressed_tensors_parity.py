@@ -27,6 +27,7 @@ from recoup.export.trained import (
     check_modules,
     check_stored,
     coded,
+    lattices,
     tensors_of,
 )
 from recoup.nn import Batch, CodedLinear, CodedModule, Codes, FakeQuantizer, call, cut
@@ -56,6 +57,7 @@ def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
         example=example,
         answers=answered,
         recorded=recorded,
+        lattices=lattices(model),
         kept=writer.kept(model),
     )
 

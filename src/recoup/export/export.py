@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from recoup.convert import convert
-from recoup.export import artefact
+from recoup.export import record
 from recoup.export.fields import too_wide
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
@@ -100,7 +100,7 @@ def export(
 
     Returns:
         What was compared, and how close it is; also in the folder, as parity.json. What `verify` compares
-        it with later is in artefact.json and artefact.safetensors.
+        it with later is in artefact.json and artefact.tensors.
 
     Raises:
         ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
@@ -128,7 +128,7 @@ def export(
         writer.write(coded, unproven, example)
         trained = writer.trained(coded, unproven, example)
         parity = writer.compare(trained, unproven)
-        artefact.write(unproven, target, trained)
+        record.write(unproven, target, trained)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()

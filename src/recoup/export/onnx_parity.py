@@ -34,7 +34,7 @@ from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Array, Parity, ParityError, expected
 from recoup.export.tracing import positional
-from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded, lattices
 from recoup.nn import Batch, FakeQuantizer, call
 from recoup.numerics import QuantSpec, dequantize
 
@@ -53,6 +53,7 @@ def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
         answers=answered,
         recorded=recorded,
         generation=generation(model, example) if decodes else None,
+        lattices=lattices(model),
     )
 
 

@@ -156,11 +156,20 @@ def _quantizer(
     spec = layer.scheme.inputs
     if spec is None:
         return nn.Identity()
-    quantizer = FakeQuantizer(spec, rows=None, columns=None if issubclass(layer.kind, CodedConv) else columns)
-    quantizer.path = f"{path}.input"
+    return quantizer(f"{path}.input", spec, None if issubclass(layer.kind, CodedConv) else columns, state)
+
+
+def quantizer(path: str, spec: QuantSpec, columns: int | None, state: Mapping[str, Tensor]) -> FakeQuantizer:
+    """A quantizer of inputs with so many features, None for any, made again from its state.
+
+    Raises:
+        ValueError: it is the state of another one.
+    """
+    made = FakeQuantizer(spec, rows=None, columns=columns)
+    made.path = path
     try:
-        quantizer.load_state_dict(dict(state))
+        made.load_state_dict(dict(state))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not the state of its input's quantizer ({reason})") from None
-    return quantizer
+        raise ValueError(f"{path}: not the state of its quantizer ({reason})") from None
+    return made

@@ -43,6 +43,7 @@ class Trained:
         answers: what the trained model answers.
         recorded: the part of it that goes into the folder.
         generation: of a model that the file decodes, what it says; None also where nobody has it any more.
+        lattices: the quantizers that belong to no module in `modules`, by name.
         kept: the tensors that are not quantized, with the values of the file; None where nobody has them any
             more, and the sums of the files have to speak for them.
     """
@@ -53,6 +54,7 @@ class Trained:
     answers: Answers
     recorded: Answers
     generation: Generation | None = field(default=None, repr=False)
+    lattices: Mapping[str, FakeQuantizer] = field(default_factory=dict)
     kept: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -81,6 +83,16 @@ def coded(model: nn.Module) -> tuple[dict[str, CodedModule], dict[str, str]]:
             modules.setdefault(path, module)
             places[place] = path
     return modules, places
+
+
+def lattices(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """The quantizers of a converted model that are no coded module's inputs."""
+    inputs = {id(getattr(module, "input_quantizer", None)) for module in model.modules() if is_coded(module)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizer) and id(module) not in inputs
+    }
 
 
 def tensors_of(module: CodedModule) -> dict[str, Tensor]:
