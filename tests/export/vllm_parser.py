@@ -1,17 +1,18 @@
 """Asks vLLM what it makes of every folder that recoup writes; run by hand, from the root of the repository:
 
-    python -m tests.export.vllm_parser VENV
+    python -m tests.export.vllm_parser VENV [VERSION]
 
-makes a virtual environment in VENV, which has vLLM and the compressed-tensors that it pins, and sees the
+makes a virtual environment in VENV, which has that vLLM and the compressed-tensors that it pins, and sees the
 packages of this one behind them (torch among them); writes a folder of every scheme of `llamas.SCHEMES`; and
-has vLLM parse config.json, choose a scheme for every layer, and make place for its tensors, on a pretended
-GPU of each capability in `GPUS`. No kernel is chosen and none runs: it shows which class of vLLM takes a
-layer, and that the tensors which that wants are those in the file, by name and shape.
+has vLLM parse config.json, choose a scheme and a kernel for every layer, and make place for its tensors, on a
+pretended GPU of each capability in `GPUS` that has every kernel installed. None runs: it shows which classes
+of vLLM take a layer, and that the tensors which those want are the ones in the file, by name and shape.
 
 What it prints stands in docs/export.md.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,14 @@ from unittest.mock import MagicMock
 
 from safetensors.torch import load_file
 
-PINNED = ("vllm==0.33.0", "compressed-tensors==0.17.0")
+NEWEST = "0.33.0"
 # What vLLM imports on the way to its parser, and this environment lacks or has in another version.
 IMPORTED = (
     *("transformers>=5.16.1,<5.21", "aiohttp", "blake3", "cachetools", "cbor2", "cloudpickle", "fastapi"),
     *("llguidance", "msgspec", "openai", "openai-harmony", "partial-json-parser", "prometheus-client"),
-    *("py-cpuinfo", "pybase64", "pyzmq", "sentencepiece", "setproctitle", "uvloop", "xgrammar"),
+    *("einops", "py-cpuinfo", "pybase64", "pyzmq", "sentencepiece", "setproctitle", "uvloop", "xgrammar"),
 )
+KERNELS = ("humming-kernels", "cuda-bindings", "cuda-pathfinder")  # import without a GPU
 GPUS = {"Ampere": (8, 0), "Hopper": (9, 0), "Blackwell": (10, 0)}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 # Layers as vLLM has them, and what the config calls the number of their inputs.
@@ -37,10 +39,11 @@ LAYERS = {
     "mlp.gate_up_proj": "hidden_size",
     "mlp.down_proj": "intermediate_size",
 }
+THERE = re.compile("^has_(flashinfer|humming)|^cutlass_.*supports_")
 ONE_PROCESS = {"get_tensor_model_parallel_rank": 0, "get_tensor_model_parallel_world_size": 1}
 
 
-def main(where: Path) -> None:
+def main(where: Path, version: str = NEWEST) -> None:
     """Make the environment, write the folders, ask."""
     from .llamas import SCHEMES, written
 
@@ -50,8 +53,12 @@ def main(where: Path) -> None:
         (site,) = where.glob("lib/python*/site-packages")
         ours = next(path for path in sys.path if path.endswith("site-packages"))
         (site / "behind.pth").write_text(f"{ours}\n")
-        for packages in (("--no-deps", *PINNED), IMPORTED):
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        install = [python, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, "--no-deps", f"vllm=={version}", *KERNELS], check=True)
+        (metadata,) = site.glob("vllm-*.dist-info/METADATA")
+        pinned = re.findall("^Requires-Dist: (compressed-tensors==.*)$", metadata.read_text(), re.MULTILINE)
+        subprocess.run([*install, "--no-deps", *pinned], check=True)
+        subprocess.run([*install, *IMPORTED], check=True)
     with tempfile.TemporaryDirectory() as folders:
         for name, scheme in SCHEMES.items():
             written(scheme, Path(folders) / name)
@@ -68,54 +75,83 @@ def ask(folders: Path, answers: Path) -> None:
         CompressedTensorsConfig,
     )
     from vllm.platforms import current_platform
-    from vllm.platforms.interface import DeviceCapability
+    from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
     _pretend()
-    rows: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {}
     for capability in GPUS.values():
         kind: Any = type(current_platform)
+        kind._enum = PlatformEnum.CUDA
         kind.is_cuda = lambda _: True
         kind.get_device_capability = lambda *_, c=capability, **__: DeviceCapability(*c)
         for folder in sorted(folders.iterdir()):
-            rows.setdefault(folder.name, []).append(_answer(CompressedTensorsConfig, folder))
+            cells.setdefault(folder.name, []).append(_answer(CompressedTensorsConfig, folder))
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, found in cells.items():
+        rows.setdefault(tuple(found), []).append(f"`{name}`")
     lines = [
         f"vLLM {vllm.__version__}, compressed-tensors {compressed_tensors.__version__}",
         f"| scheme | {' | '.join(GPUS)} |",
         "|---|" + "---|" * len(GPUS),
-        *(f"| `{name}` | {' | '.join(found)} |" for name, found in rows.items()),
+        *(f"| {', '.join(names)} | {' | '.join(found)} |" for found, names in rows.items()),
     ]
     answers.write_text("\n".join(lines) + "\n")
 
 
 def _pretend() -> None:
-    """One process, and some kernel: those cannot be asked without a GPU."""
+    """One process, a config of defaults, and every kernel that the GPU could run is installed."""
+    config = MagicMock()
+    config.compilation_config.custom_ops = ["none"]
     for name, module in list(sys.modules.items()):
         if not name.startswith("vllm."):
             continue
-        for function in ONE_PROCESS.keys() & vars(module).keys():
-            setattr(module, function, lambda size=ONE_PROCESS[function]: size)
-        for function in list(vars(module)) if ".compressed_tensors.schemes" in name else ():
-            if function.startswith(("init_", "choose_", "get_current_vllm_config")):
-                setattr(module, function, MagicMock(return_value=MagicMock(__name__="some kernel")))
+        for function in list(vars(module)):
+            if function in ONE_PROCESS:
+                setattr(module, function, lambda *_, size=ONE_PROCESS[function]: size)
+            elif function == "get_current_vllm_config":
+                setattr(module, function, lambda: config)
+            elif function == "CUTLASS_BLOCK_FP8_SUPPORTED":
+                setattr(module, function, True)
+            elif THERE.search(function):
+                least = 100 if "fp4" in function else 0
+                setattr(module, function, lambda gpu=100, least=least, **_: gpu >= least)
 
 
 def _answer(parser: Any, folder: Path) -> str:
     """The class that takes the layers of a folder, or why none does."""
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    parsed = parser.from_config(config["quantization_config"])
+    try:
+        parsed = parser.from_config(config["quantization_config"])
+    except ValueError as error:
+        return _refused(error)
     parsed.packed_modules_mapping = FUSED
     found: set[str] = set()
     for layer, columns in LAYERS.items():
         path = f"model.layers.0.{layer}"
         try:
             scheme = parsed.get_scheme(_layer(), path)
-        except (ValueError, NotImplementedError) as error:
-            found.add(f"refused: {str(error).split(' for layer_name')[0]}")
+            differences = _differences(scheme, path, config[columns], tensors)
+        except (ValueError, RuntimeError) as error:
+            found.add(_refused(error))
             continue
-        found.add(type(scheme).__name__.removeprefix("CompressedTensors"))
-        found |= _differences(scheme, path, config[columns], tensors)
+        found |= {
+            f"{type(scheme).__name__.removeprefix('CompressedTensors')} {_kernel(scheme)}",
+            *differences,
+        }
     return ", ".join(sorted(found))
+
+
+def _refused(error: Exception) -> str:
+    """With the reason, without the layer."""
+    return "refused: " + " ".join(str(error).split(" for layer_name")[0].split())[:120]
+
+
+def _kernel(scheme: Any) -> str:
+    """The class that computes the product."""
+    kernels = {type(value).__name__ for value in vars(scheme).values()}
+    (kernel,) = {name for name in kernels if name.endswith("Kernel")} or {"(no kernel asked)"}
+    return kernel.removesuffix("Kernel").removesuffix("Linear")
 
 
 def _layer() -> Any:
@@ -155,4 +191,4 @@ def _differences(scheme: Any, path: str, columns: int, tensors: Any) -> set[str]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1])) if len(sys.argv) == 2 else ask(*map(Path, sys.argv[1:]))
+    ask(*map(Path, sys.argv[1:])) if __package__ is None else main(Path(sys.argv[1]), *sys.argv[2:])

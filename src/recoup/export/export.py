@@ -34,7 +34,9 @@ _PROCESSOR_FILES = (
 )
 
 
-def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int = 1) -> dict[str, str]:
+def preflight(
+    model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int = 1, consumer: str | None = None
+) -> dict[str, str]:
     """Can the target's engine run this plan? Asked before any calibration or training.
 
     Args:
@@ -42,13 +44,15 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
         plan: from `resolve`.
         target: a key of `TARGETS`.
         tensor_parallel: devices over which the engine will split every matrix.
+        consumer: who will read the artefact, as "vllm" or "vllm>=0.27"; None asks for no more than the
+            engine that proves it.
 
     Returns:
         What computes every quantized module there, or how it is stored, by name.
 
     Raises:
-        ValueError: no such target, or a model or a module whose scheme the engine cannot run, or not on so
-            many devices; names them.
+        ValueError: no such target, or a model or a module whose scheme the engine, or the consumer, cannot
+            run, or not on so many devices; names them.
         ImportError: the target's libraries are not installed; names the extra.
     """
     modules: dict[str, tuple[Scheme, type]] = {}
@@ -60,6 +64,8 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
     there.check(model, modules)
     if tensor_parallel > 1:
         there.split(model, modules, tensor_parallel)
+    if consumer is not None:
+        there.serve(modules, consumer)
     return {path: there.kernel(scheme, kind) for path, (scheme, kind) in modules.items()}
 
 

@@ -34,6 +34,8 @@ class Target:
         kernel: (scheme, type of the converted module) -> what computes it, or how it is stored.
         split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
             parts of every matrix on a device each.
+        serve: (what is quantized, reader); raises ValueError where that reader of the artefact does not
+            compute what was trained.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
             a module knows; whoever calibrates calls it before measuring.
         write: (converted or float model, folder, example); the files of the tokenizer or image processor are
@@ -48,6 +50,7 @@ class Target:
     check: Callable[[nn.Module, Quantized], None]
     kernel: Callable[[Scheme, type], str]
     split: Callable[[nn.Module, Quantized, int], None]
+    serve: Callable[[Quantized, str], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
     verify: Callable[[nn.Module, Path, Batch], Parity]
@@ -76,6 +79,14 @@ def _one_device(model: nn.Module, modules: Quantized, devices: int) -> None:
     )
 
 
+def _one_reader(modules: Quantized, consumer: str) -> None:
+    del modules
+    raise ValueError(
+        f"export.consumer: {consumer} asked, this target has one reader; leave it out, or export to "
+        "compressed-tensors"
+    )
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         extra="onnx",
@@ -83,6 +94,7 @@ TARGETS: dict[str, Target] = {
         check=_of("onnx", "check"),
         kernel=_of("onnx_nodes", "kernel"),
         split=_one_device,
+        serve=_one_reader,
         settle=_as_it_is,
         write=_of("onnx", "write"),
         verify=_of("onnx_parity", "verify"),
@@ -100,6 +112,7 @@ TARGETS: dict[str, Target] = {
         check=_of("onnx_qdq", "check_all"),
         kernel=_of("onnx_qdq", "kernel"),
         split=_one_device,
+        serve=_one_reader,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
         verify=_of("onnx_qdq_parity", "verify"),
@@ -112,6 +125,7 @@ TARGETS: dict[str, Target] = {
         check=_of("compressed_tensors", "check"),
         kernel=_of("compressed_tensors_config", "kernel"),
         split=_of("tensor_parallel", "check_split"),
+        serve=_of("compressed_tensors_consumers", "check_consumer"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
         verify=_of("compressed_tensors_parity", "verify"),
@@ -124,6 +138,7 @@ TARGETS: dict[str, Target] = {
         check=_of("pytorch", "check"),
         kernel=_of("pytorch_modules", "kernel"),
         split=_one_device,
+        serve=_one_reader,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
         verify=_of("pytorch_parity", "verify"),
@@ -141,6 +156,7 @@ TARGETS: dict[str, Target] = {
         check=_of("gguf", "check"),
         kernel=_of("gguf_blocks", "kernel"),
         split=_one_device,
+        serve=_one_reader,
         settle=_as_it_is,
         write=_of("gguf", "write"),
         verify=_of("gguf_parity", "verify"),

@@ -140,7 +140,13 @@ def recover(
     example = without_labels(calibration[0])
     fuse(model, example)
     plan = resolve(model, recipe)
-    preflight(model, plan, recipe.export.target, tensor_parallel=recipe.export.tensor_parallel)
+    preflight(
+        model,
+        plan,
+        recipe.export.target,
+        tensor_parallel=recipe.export.tensor_parallel,
+        consumer=recipe.export.consumer,
+    )
     if not begun(folder):
         check_rungs(model, plan, recipe, calibration, train)
     given = None if baseline is None else _askable(baseline, gates)
