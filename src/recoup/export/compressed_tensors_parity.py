@@ -19,7 +19,7 @@ from recoup.engines.transformers import load
 from recoup.export import compressed_tensors as writer
 from recoup.export import compressed_tensors_config as schema
 from recoup.export.parity import Parity, ParityError, divergence, end_to_end
-from recoup.nn import Batch, CodedLinear, Codes, FakeQuantizer, call, size_of
+from recoup.nn import Batch, CodedLinear, Codes, FakeQuantizer, cache_quantizers, call, size_of
 from recoup.numerics import IntFormat, dequantize
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -34,8 +34,8 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
 
     Every code and scale in the bytes equals the trained one, and the folder quantizes these modules and no
     others. Loaded by transformers, every kept tensor is the model's, every decompressed weight is what its
-    codes stand for, every module's output is within its bound, and the outputs differ by no more than
-    rounding explains; so do a language model's next words.
+    codes stand for, every module's output is within its bound, as is what a quantized KV cache holds, and the
+    outputs differ by no more than rounding explains; so do a language model's next words.
 
     Raises:
         ParityError: one of these does not hold; names it.
@@ -53,12 +53,14 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
         _equal(path, "scales", scale, module.weight.scale)
         _same_other_scales(path, module, tensors)
         codes, scales = codes + values.size, scales + scale.size
+    caches = cache_quantizers(model)
+    scales += _same_cache_scales(model, tensors)
 
     engine = load(folder)
     described = [name for name, module in engine.named_modules() if hasattr(module, "quantization_scheme")]
-    _same_modules("transformers, reading config.json, quantizes", described, coded)
+    _same_modules("transformers, reading config.json, quantizes", described, [*coded, *caches])
     _same_dense_tensors(model, coded, engine)
-    outputs, worst = _compared(coded, engine, example)
+    outputs, worst = _compared(coded, caches, engine, example)
     reference, roundoff = _as_stored(model, engine), max(map(_roundoff, coded.values()))
     drift = end_to_end(
         reference, outputs, example, engine="transformers", lattices=_LATTICES, weight_roundoff=roundoff
@@ -134,8 +136,8 @@ def _integers(words: Array, bits: int, shape: tuple[int, int]) -> Array:
     return (fields << np.arange(bits, dtype=np.int16)).sum(axis=2) - 2 ** (bits - 1)
 
 
-def _same_modules(what: str, found: Iterable[str], coded: Mapping[str, CodedLinear]) -> None:
-    if different := sorted(set(found) ^ set(coded)):
+def _same_modules(what: str, found: Iterable[str], planned: Iterable[str]) -> None:
+    if different := sorted(set(found) ^ set(planned)):
         raise ParityError(
             f"{what} other modules than the plan: {', '.join(different[:3])}"
             + (f" and {len(different) - 3} more" if len(different) > 3 else "")
@@ -168,6 +170,20 @@ def _same_other_scales(path: str, module: CodedLinear, tensors: Mapping[str, Ten
             _equal(path, name, found.numpy(), expected.reshape(1))
 
 
+def _same_cache_scales(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Those of keys and values; how many there are."""
+    trained = writer.cache_scales(model)
+    _same_modules(
+        "the folder has scales of keys and values for",
+        (name for name in tensors if name.endswith(writer.CACHE_SCALES)),
+        trained,
+    )
+    for name, scale in trained.items():
+        path, _, what = name.rpartition(".")
+        _equal(path, what, tensors[name].numpy(), scale)
+    return len(trained)
+
+
 def _reciprocal(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else 1 / scale
 
@@ -196,13 +212,17 @@ def _roundoff(module: CodedLinear) -> float:
     return 0.0 if module.weight.global_scale is None else _BFLOAT16
 
 
-def _compared(coded: Mapping[str, CodedLinear], engine: nn.Module, example: Batch) -> tuple[Any, float]:
+def _compared(
+    coded: Mapping[str, CodedLinear],
+    caches: Mapping[str, tuple[FakeQuantizer, FakeQuantizer]],
+    engine: nn.Module,
+    example: Batch,
+) -> tuple[Any, float]:
     """The engine's outputs, and the largest difference of a module from the trained one, by its bound."""
     worst = 0.0
 
-    def compare(path: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def compare(path: str, output: Tensor, expected: Tensor, bound: Tensor) -> None:
         nonlocal worst
-        expected, bound = _expected(coded[path], inputs[0])
         share = float(((output.double() - expected).abs() / bound).max())
         if not share <= 1:
             raise ParityError(
@@ -210,10 +230,20 @@ def _compared(coded: Mapping[str, CodedLinear], engine: nn.Module, example: Batc
             )
         worst = max(worst, share)
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
-        return lambda _, inputs, output: compare(path, inputs, output)
+    def linear(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        return lambda _, inputs, output: compare(path, output, *_expected(coded[path], inputs[0]))
 
-    handles = [engine.get_submodule(path).register_forward_hook(hook(path)) for path in coded]
+    def cache(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+            for quantizer, x, kept in zip(caches[path], inputs, output, strict=False):
+                compare(quantizer.path, kept, quantizer(x).double(), _input_slack(quantizer, x))
+
+        return hook
+
+    handles = [engine.get_submodule(path).register_forward_hook(linear(path)) for path in coded]
+    handles += [
+        engine.get_submodule(f"{path}.kv_cache").register_forward_hook(cache(path)) for path in caches
+    ]
     try:
         return call(engine, example), worst
     finally:

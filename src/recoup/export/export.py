@@ -17,7 +17,7 @@ from torch import nn
 from recoup.convert import convert
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
-from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
+from recoup.nn import CODED_MODULES, Batch, cache_quantizers, is_coded, is_prepared, moved, quant_type
 from recoup.schemes import Plan, Scheme
 
 PARITY_FILE = "parity.json"
@@ -62,6 +62,8 @@ def preflight(
         modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
     there = usable(target)
     there.check(model, modules)
+    if plan.kv is not None:
+        there.cache(plan.kv)
     if tensor_parallel > 1:
         there.split(model, modules, tensor_parallel)
     if consumer is not None:
@@ -110,6 +112,8 @@ def export(
     with torch.no_grad():
         coded = converted_copy(model)
     writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
+    for key, _ in cache_quantizers(coded).values():
+        writer.cache(key.spec)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         writing(folder),

@@ -15,6 +15,7 @@ from recoup.engines import llama_cpp, onnx_standard, onnxruntime, pytorch, trans
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
 from recoup.nn import Batch
+from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
 from recoup.validate import Cost
 from recoup.validate.cost import compare_costs, compare_sizes
@@ -36,6 +37,7 @@ class Target:
             parts of every matrix on a device each.
         serve: (what is quantized, reader); raises ValueError where that reader of the artefact does not
             compute what was trained.
+        cache: spec of keys and values; raises ValueError where the artefact cannot hold it.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
             a module knows; whoever calibrates calls it before measuring.
         write: (converted or float model, folder, example); the files of the tokenizer or image processor are
@@ -51,6 +53,7 @@ class Target:
     kernel: Callable[[Scheme, type], str]
     split: Callable[[nn.Module, Quantized, int], None]
     serve: Callable[[Quantized, str], None]
+    cache: Callable[[QuantSpec], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
     verify: Callable[[nn.Module, Path, Batch], Parity]
@@ -87,6 +90,13 @@ def _one_reader(modules: Quantized, consumer: str) -> None:
     )
 
 
+def _no_cache(spec: QuantSpec) -> None:
+    raise ValueError(
+        f"kv: {spec} asked, this target's artefacts hold no scales of keys and values; leave kv out, or "
+        "export to compressed-tensors"
+    )
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         extra="onnx",
@@ -95,6 +105,7 @@ TARGETS: dict[str, Target] = {
         kernel=_of("onnx_nodes", "kernel"),
         split=_one_device,
         serve=_one_reader,
+        cache=_no_cache,
         settle=_as_it_is,
         write=_of("onnx", "write"),
         verify=_of("onnx_parity", "verify"),
@@ -113,6 +124,7 @@ TARGETS: dict[str, Target] = {
         kernel=_of("onnx_qdq", "kernel"),
         split=_one_device,
         serve=_one_reader,
+        cache=_no_cache,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
         verify=_of("onnx_qdq_parity", "verify"),
@@ -126,6 +138,7 @@ TARGETS: dict[str, Target] = {
         kernel=_of("compressed_tensors_config", "kernel"),
         split=_of("tensor_parallel", "check_split"),
         serve=_of("compressed_tensors_consumers", "check_consumer"),
+        cache=_of("compressed_tensors_config", "check_cache"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
         verify=_of("compressed_tensors_parity", "verify"),
@@ -139,6 +152,7 @@ TARGETS: dict[str, Target] = {
         kernel=_of("pytorch_modules", "kernel"),
         split=_one_device,
         serve=_one_reader,
+        cache=_no_cache,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
         verify=_of("pytorch_parity", "verify"),
@@ -157,6 +171,7 @@ TARGETS: dict[str, Target] = {
         kernel=_of("gguf_blocks", "kernel"),
         split=_one_device,
         serve=_one_reader,
+        cache=_no_cache,
         settle=_as_it_is,
         write=_of("gguf", "write"),
         verify=_of("gguf_parity", "verify"),

@@ -1,7 +1,8 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
 `fake_quantizer.py` is one tensor, `modules.py` and `conv.py` the prepared modules (`twin.py` is what they
-have in common), `coded.py` the converted ones, `call.py` how a model is called.
+have in common), `coded.py` the converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is
+called.
 """
 
 from recoup.nn.call import Batch, call, device_of, evaluating, moved, size_of, without_labels
@@ -19,6 +20,7 @@ from recoup.nn.coded import (
 )
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
+from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
 from recoup.nn.modules import (
     QUANT_MODULES,
     QuantConv1D,
@@ -49,6 +51,8 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",
+    "cache_quantizers",
+    "caching",
     "call",
     "device_of",
     "evaluating",
@@ -57,6 +61,7 @@ __all__ = [
     "moved",
     "quant_type",
     "quantization_off",
+    "quantize_cache",
     "size_of",
     "without_labels",
 ]
