@@ -33,6 +33,13 @@ IMPORTED = (
 KERNELS = ("humming-kernels", "cuda-bindings", "cuda-pathfinder")  # import without a GPU
 GPUS = {"Ampere": (8, 0), "Hopper": (9, 0), "Blackwell": (10, 0)}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+RECIPES = {
+    "w4a16, w8a8 and w8a16": {
+        "scheme": "w4a16",
+        "rules": [{"match": "*.mlp", "scheme": "w8a8"}, {"match": "*.o_proj", "scheme": "w8a16"}],
+    },
+    "fp8, kv fp8": {"scheme": "fp8", "kv": "fp8"},
+}
 # Layers as vLLM has them, and what the config calls the number of their inputs.
 LAYERS = {
     **{f"self_attn.{name}_proj": "hidden_size" for name in ("qkv", "o")},
@@ -40,11 +47,14 @@ LAYERS = {
     "mlp.down_proj": "intermediate_size",
 }
 THERE = re.compile("^has_(flashinfer|humming)|^cutlass_.*supports_")
+SCALES = re.compile("[.][kv]_scale$")  # of keys and values
 ONE_PROCESS = {"get_tensor_model_parallel_rank": 0, "get_tensor_model_parallel_world_size": 1}
 
 
 def main(where: Path, version: str = NEWEST) -> None:
     """Make the environment, write the folders, ask."""
+    from recoup import Recipe
+
     from .llamas import SCHEMES, written
 
     python = where / "bin" / "python"
@@ -60,8 +70,8 @@ def main(where: Path, version: str = NEWEST) -> None:
         subprocess.run([*install, "--no-deps", *pinned], check=True)
         subprocess.run([*install, *IMPORTED], check=True)
     with tempfile.TemporaryDirectory() as folders:
-        for name, scheme in SCHEMES.items():
-            written(scheme, Path(folders) / name)
+        for name, scheme in (SCHEMES | RECIPES).items():
+            written(Recipe.model_validate(scheme) if name in RECIPES else scheme, Path(folders) / name)
         answers = Path(folders) / "answers"
         subprocess.run([python, __file__, folders, answers], check=True, stdout=subprocess.DEVNULL)
         print(answers.read_text(), end="")
@@ -139,7 +149,26 @@ def _answer(parser: Any, folder: Path) -> str:
             f"{type(scheme).__name__.removeprefix('CompressedTensors')} {_kernel(scheme)}",
             *differences,
         }
+    if parsed.kv_cache_scheme is not None:
+        found.add(_cache(parsed, tensors))
     return ", ".join(sorted(found))
+
+
+def _cache(parsed: Any, tensors: Any) -> str:
+    """What vLLM makes of the scheme of keys and values, and of the names of their scales."""
+    import torch
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+    from vllm.model_executor.model_loader.weight_utils import maybe_remap_kv_scale_name
+
+    layer = torch.nn.Module()
+    layer.num_kv_heads = 2
+    compressed_tensors.CompressedTensorsKVCacheMethod(parsed).create_weights(layer)
+    places = {f"model.layers.0.self_attn.attn.{name}": place for name, place in layer.named_parameters()}
+    stored = {
+        maybe_remap_kv_scale_name(name, places): tensors[name] for name in tensors if SCALES.search(name)
+    }
+    found = [str(name).rpartition(".")[2] for name in stored if places[name].shape == stored[name].shape]
+    return f"{parsed.kv_cache_scheme['type']}{parsed.kv_cache_scheme['num_bits']} cache ({', '.join(found)})"
 
 
 def _refused(error: Exception) -> str:

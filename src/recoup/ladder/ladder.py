@@ -360,4 +360,5 @@ def _line(metrics: Mapping[str, float]) -> str:
 
 def _scheme_text(plan: Plan, recipe: Recipe) -> str:
     others = sorted(set(plan.schemes) - {recipe.scheme.name})
-    return recipe.scheme.name + (f" (and {', '.join(others)} by rule)" if others else "")
+    cache = "" if plan.kv is None else f", keys and values {plan.kv}"
+    return recipe.scheme.name + (f" (and {', '.join(others)} by rule)" if others else "") + cache
