@@ -1,7 +1,10 @@
 """Keys and values are fake-quantized as an engine's cache holds them; nothing else of attention changes."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +35,7 @@ from recoup.nn import FakeQuantizer, cache_quantizers, quantization_off
 from recoup.numerics import Ranges
 from recoup.schemes.presets import KV_PRESETS
 from recoup.schemes.recipe import TrainSettings
+from recoup.train.activations import activations_recomputed
 
 WORDS = 16
 SIZES: dict[str, Any] = {
@@ -202,6 +206,40 @@ def test_converting_changes_no_bit() -> None:
     model, example = prepared(), batch()
     expected = model(**example).logits
     assert torch.equal(convert(copy.deepcopy(model))(**example).logits, expected)
+
+
+ONE_GRAPH = """
+import torch
+from tests.nn.test_kv_cache import batch, prepared
+
+for function in ("sdpa", "eager"):
+    model, example = prepared(function=function), batch()
+    model.config.use_cache = False
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(**example).logits, model(**example).logits)
+print("same")
+"""
+
+
+def test_it_is_one_graph_for_torch_compile() -> None:
+    done = subprocess.run([sys.executable, "-c", ONE_GRAPH], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("same\n"), done.stderr[-3000:]
+
+
+def test_activations_that_are_computed_again_are_the_same() -> None:
+    gradients: list[list[Tensor | None]] = []
+    for again in (False, True):
+        model = prepared().train()
+        torch.manual_seed(2)
+        example = batch()
+        with activations_recomputed(model) if again else nullcontext():
+            model(**example, labels=example["input_ids"], use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain is not None
+        assert checkpointed is not None
+        assert torch.equal(plain, checkpointed)
 
 
 def test_a_model_of_the_same_config_is_left_alone() -> None:

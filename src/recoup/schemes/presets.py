@@ -227,7 +227,7 @@ def kv_preset(name: str) -> QuantSpec:
         ValueError: there is none.
 
     >>> print(kv_preset("fp8"))
-    e4m3 per_tensor, static
+    e4m3 per tensor, static
     """
     if name not in KV_PRESETS:
         raise ValueError(f"no spec of keys and values {name!r}; there are {', '.join(KV_PRESETS)}")
