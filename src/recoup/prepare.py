@@ -68,7 +68,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
             elif parameter != "weight":
                 kept[path] = "bias"
             else:
-                _fits(name, module, decision)
+                check_shape(name, module, decision)
                 if schemes.setdefault(decision.name, decision) != decision:
                     raise ValueError(
                         f"two different schemes are called {decision.name!r}; give them two names"
@@ -122,7 +122,7 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
         twin = quant_type(module)
         if twin is None:
             raise ValueError(f"{name}: a {_type_name(module)} has no quantized form, or is prepared already")
-        _fits(name, module, plan[name])
+        check_shape(name, module, plan[name])
         prepared = twins[module] = twin.from_float(module, plan[name], name)
         assert is_prepared(prepared)
         prepared.weight_quantizer = quantizers.setdefault(prepared.weight, prepared.weight_quantizer)
@@ -210,7 +210,12 @@ def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
             )
 
 
-def _fits(name: str, module: nn.Module, scheme: Scheme) -> None:
+def check_shape(name: str, module: nn.Module, scheme: Scheme) -> None:
+    """Do the shapes of a float module's weight and input take this scheme?
+
+    Raises:
+        ValueError: they do not; names the module.
+    """
     kind = quant_type(module)
     assert kind is not None
     rows, columns = kind.matrix(module).shape

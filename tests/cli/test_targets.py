@@ -18,6 +18,10 @@ from recoup.export import TARGETS
 from tests.cli.test_cli import tree
 from tests.export.gguf_models import small
 from tests.export.test_gguf_vocabulary import WORDS, byte_level, fast
+from tests.ladder.conftest import quick
+from tests.ladder.stand_in import SLOWER, alone
+
+__all__ = ["quick"]  # a fixture
 
 TASK = """
 from pathlib import Path
@@ -36,7 +40,14 @@ def parts():
             return {"accuracy": (model.eval()(**batches[0]).argmax(dim=1) == labels).tolist()}
 
     return {"model": model, "calibration": batches, "evaluate": evaluate}
+
+def llama():
+    from tests.export.gguf_models import batch, small
+
+    model = small("llama", hidden_size=96, intermediate_size=96, attention_bias=False, mlp_bias=False)
+    return {"model": model, "calibration": [batch(16)], "evaluate": lambda model: {"accuracy": [1]}}
 """
+LLAMA = {"name": "custom", "entry": "target_task:llama"}
 Fields = dict[str, Any]
 
 
@@ -95,6 +106,9 @@ WRONG: dict[str, tuple[Fields, str]] = {
     "a misspelt target": ({"export": {"target": "onxx"}}, "no export target 'onxx'; did you mean 'onnx'?"),
     "fp4 in onnxruntime": ({"scheme": "mxfp4"}, "0: scheme 'mxfp4' does not run in onnxruntime on a CPU"),
     "groups of 48 in GGUF": (
+        {"task": LLAMA, "scheme": "w4a16-g48", "export": {"target": "gguf"}},
+        "q_proj: scheme 'w4a16-g48': no type of llama.cpp holds int4 per g48, static (half-range) weights"),
+    "an architecture that llama.cpp has not": (  # another scheme would not help
         {"scheme": "w4a16-g48", "export": {"target": "gguf"}}, "no llama.cpp architecture for Sequential"),
     "a model that is no transformers'": (
         {"export": {"target": "compressed-tensors"}}, "bring a PreTrainedModel, or export to onnx"),
@@ -132,6 +146,23 @@ def test_what_a_target_cannot_do_is_one_line(
     }
 
 
+@pytest.mark.filterwarnings("default:onnx. codes of 3 bits")
+@pytest.mark.usefixtures("quick")
+def test_three_bits_in_fields_of_four_are_said_once(
+    custom: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    custom(scheme="w3a16", gates=[{"metric": "accuracy", "max_decrease": "90%"}])
+    warning = (
+        "recoup: warning: onnx: codes of 3 bits lie in fields of 4 (0): 96 B more than their bits; "
+        "4 bits would take no more"
+    )
+    for command in ("explain", "run"):
+        assert _run([command, "recipe.yaml"]) == 0
+        said = capsys.readouterr()
+        assert said.err.splitlines() == [warning]
+        assert ("MatMulNBits, in fields of 4 bits" in said.out) == (command == "explain")
+
+
 def test_a_folder_that_holds_an_export_is_no_place_for_a_run(
     custom: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,10 +197,12 @@ RUNS: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.filterwarnings(SLOWER)
 @pytest.mark.parametrize("target", RUNS)
 def test_a_recipe_becomes_a_measured_artefact(
     target: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    alone(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(jaxtyping.config.__dict__, "jaxtyping_disable", True)
     tokenizer = fast(byte_level([], regex=True))
@@ -210,9 +243,11 @@ def test_a_recipe_becomes_a_measured_artefact(
     }
 
 
+@pytest.mark.filterwarnings(SLOWER)
 def test_a_recipe_becomes_a_program_of_torch(
     custom: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    alone(monkeypatch)
     monkeypatch.setitem(jaxtyping.config.__dict__, "jaxtyping_disable", True)
     there = TARGETS["pytorch"]
     costs = partial(

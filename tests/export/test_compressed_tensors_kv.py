@@ -1,6 +1,7 @@
 """Scales of keys and values are in the folder, and transformers' cache holds what was trained."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,20 +11,22 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from recoup import Recipe, convert, export, resolve
-from recoup.export import TARGETS, ParityError, preflight
+from recoup.export import TARGETS, ParityError, preflight, verify
 from recoup.export import compressed_tensors_config as schema
 from recoup.nn import cache_quantizers
-from recoup.numerics import E5M2, FLOAT32, IntFormat
+from recoup.numerics import E5M2, FLOAT32, IntFormat, QuantSpec
 from recoup.schemes.presets import KV_PRESETS
 
 from .llamas import TARGET, Processor, Written, batch, llama, quantized, written
 
 FP8 = KV_PRESETS["fp8"]
+INT8 = replace(FP8, format=IntFormat(8))
 ATTENTION = "model.layers.0.self_attn"
 
 
@@ -84,10 +87,10 @@ def test_the_cache_of_transformers_holds_the_trained_codes(found: Written) -> No
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "another scale": (
         lambda tensors: tensors[f"{ATTENTION}.v_scale"].mul_(1.01),
-        "self_attn: the v_scale read back from the folder differ"),
+        r"self_attn\.value: the scale read back from the file differ"),
     "a scale too few": (
         lambda tensors: tensors.pop(f"{ATTENTION}.k_scale"),
-        r"scales of keys and values for other modules than the plan: .*self_attn\.k_scale"),
+        r"scales of keys and values for other modules than the plan: .*self_attn\.key"),
     "a scale too many": (
         lambda tensors: tensors.update({"model.layers.1.self_attn.k_scale": torch.ones(1)}),
         r"scales of keys and values for other modules than the plan: model\.layers\.1"),
@@ -101,7 +104,8 @@ def test_damage_is_found(case: str, found: Written, tmp_path: Path) -> None:
     damage(tensors)
     shutil.copytree(found.folder, tmp_path / "out")
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ParityError, match=message):
+    loading = r"1 (missing|unexpected) keys \(.*self_attn\.k_scale\)"  # transformers finds these itself
+    with pytest.raises((ParityError, ValueError), match=f"{message}|{loading}"):
         TARGET.verify(found.model, tmp_path / "out", batch())
 
 
@@ -112,6 +116,62 @@ def test_a_config_that_keeps_them_in_float_is_found(found: Written, tmp_path: Pa
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="2 unexpected keys"):
         TARGET.verify(found.model, tmp_path / "out", batch())
+
+
+def test_the_folder_alone_says_that_it_is_what_was_exported(found: Written) -> None:
+    checks = {check.what: check for check in verify(found.folder).checks}
+    assert {check.outcome for check in checks.values()} == {"same"}
+    assert checks["cache"].found == "2 scales of keys and values"
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damage_is_found_later_from_the_folder_alone(case: str, found: Written, tmp_path: Path) -> None:
+    damage, message = DAMAGES[case]
+    tensors = found.tensors
+    damage(tensors)
+    folder = shutil.copytree(found.folder, tmp_path / "out")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edited(folder, lambda record: record.update(files={}))  # the sums are not what finds it here
+    said = {check.what: check for check in verify(folder).checks}
+    assert said["codes"].outcome == "same"
+    assert said["cache"].outcome == "different"
+    assert re.search(message, said["cache"].found)
+
+
+NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a name without a scale": (
+        lambda cache: cache.update(names=["model.layers.0.self_attn.query"]),
+        r"self_attn\.query: not the state of its quantizer"),
+    "codes that no reader keeps": (
+        lambda cache: cache.update(spec=TypeAdapter(QuantSpec).dump_python(INT8, mode="json")),
+        "^kv: .* cannot be written"),
+    "a key that nobody knows": (
+        lambda cache: cache.update(heads=2),
+        r"artefact\.json: cache\.heads: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_a_record_that_makes_no_sense_is_one_line(case: str, found: Written, tmp_path: Path) -> None:
+    edit, message = NONSENSE[case]
+    folder = shutil.copytree(found.folder, tmp_path / "out")
+    edited(folder, lambda record: edit(record["cache"]))
+    with pytest.raises(ValueError, match=message) as error:
+        verify(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_scales_that_nobody_recorded_are_found(found: Written, tmp_path: Path) -> None:
+    folder = shutil.copytree(found.folder, tmp_path / "out")
+    edited(folder, lambda record: record.pop("cache"))
+    said = {check.what: check.outcome for check in verify(folder).checks}
+    assert said["cache"] == "different"
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads((folder / "artefact.json").read_text())
+    edit(record)
+    (folder / "artefact.json").write_text(json.dumps(record))
 
 
 def test_a_cache_that_holds_something_else_is_found(found: Written, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +193,7 @@ def test_a_cache_that_holds_something_else_is_found(found: Written, monkeypatch:
 @pytest.mark.parametrize(
     "spec",
     [
-        replace(FP8, format=IntFormat(8)),
+        INT8,
         replace(FP8, format=E5M2),
         replace(FP8, scale_format=FLOAT32),
         replace(FP8, scale_rule="affine", format=IntFormat(8, signed=False)),

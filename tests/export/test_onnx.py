@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
+from recoup.export import TARGETS
 from recoup.nn import CodedEmbedding, CodedLinear
 from recoup.numerics import IntFormat
 
@@ -89,6 +90,14 @@ def test_the_bytes_hold_the_codes_and_scales_of_convert(branches: Exported, path
     grid = weight.spec.format
     there_are = grid.hi - grid.lo if isinstance(grid, IntFormat) else 2 ** (grid.bits - 1)
     assert len(set(weight.codes.flatten().tolist())) > there_are / 2  # nothing degenerate was compared
+
+
+def test_the_width_of_a_code_is_the_one_that_preflight_tells(branches: Exported) -> None:
+    stored = {tensor.name: tensor for tensor in branches.file.graph.initializer}
+    for path in PATHS:
+        module = branches.converted.get_submodule(path)
+        bits = TARGETS["onnx"].width(module.scheme, type(module))
+        assert 8 * len(stored[f"{path}.codes"].raw_data) == bits * module.weight.codes.numel(), path
 
 
 def test_every_module_is_in_the_proof(branches: Exported) -> None:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from recoup import Recipe, Scheme, export, prepare, resolve
 from recoup.engines.onnx_standard import NO_ENGINE, StandardOnnx
-from recoup.export import ParityError, preflight
+from recoup.export import TARGETS, ParityError, preflight
 from recoup.numerics import E5M2, IntFormat, per_group, per_tensor
 from recoup.schemes import PRESETS, preset
 
 from .conftest import Exported, ready
 
 qdq = importlib.import_module("recoup.export.onnx_qdq")  # `recoup.export` is the function
-proof = importlib.import_module("recoup.export.onnx_qdq_parity")
 
 U = 2.0**-24  # half an ulp of float32
 WIDTH, FEATURES, WORDS = 256, 32, 6
@@ -167,6 +166,8 @@ def test_codes_and_scales_have_onnxs_own_types_and_their_bits(branches: Exported
         assert types == list(TYPES[name]), name
         bits = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}.get(TYPES[name][0], 8)
         assert len(codes.raw_data) == WIDTH * FEATURES * bits // 8
+        module = branches.converted.get_submodule(f"linear.{name}")
+        assert TARGETS["onnx-qdq"].width(module.scheme, type(module)) == bits
         compared += 1
     assert compared >= 3
 
@@ -273,7 +274,7 @@ def test_a_damaged_file_is_caught(
         one_bit(file, name)
     onnx.save(file, tmp_path / "model.onnx")
     with pytest.raises(ParityError) as error:
-        proof.verify(model, tmp_path, x)
+        TARGETS["onnx-qdq"].verify(model, tmp_path, x)
     assert message in str(error.value)
 
 
@@ -285,7 +286,7 @@ def test_a_file_that_is_no_valid_onnx_is_caught(
     next(node for node in file.graph.node if node.op_type == "MatMul").op_type = "MatMull"
     onnx.save(file, tmp_path / "model.onnx")
     with pytest.raises(ParityError, match="the file is no valid ONNX"):
-        proof.verify(model, tmp_path, x)
+        TARGETS["onnx-qdq"].verify(model, tmp_path, x)
 
 
 def test_e8m0_scales_of_inputs_are_rounded_up_as_rceil_does() -> None:

@@ -12,13 +12,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from recoup import Recipe, recover
 from recoup.tasks.causal_lm import Evaluation
 
+from .stand_in import SLOWER, alone
+
 WORDS = 40
 
 
-@pytest.mark.filterwarnings("ignore:the artefact has no tokenizer")
+@pytest.mark.filterwarnings("ignore:the artefact has no tokenizer", SLOWER)
 def test_a_run_measures_quality_and_cost_in_llama_cpp(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    alone(monkeypatch)
     monkeypatch.setitem(jaxtyping.config.__dict__, "jaxtyping_disable", True)
     torch.manual_seed(0)
     config = Qwen2Config(

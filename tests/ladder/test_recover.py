@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from recoup.engines.onnxruntime import OnnxModel, size_bytes
 from recoup.nn import FakeQuantizer
 
 from .conftest import Classifier, batches, labels, recipe, scripted
+from .stand_in import SLOWER, alone
 
 climb = importlib.import_module("recoup.ladder.climb")
 ladder = importlib.import_module("recoup.ladder.ladder")
@@ -211,7 +213,10 @@ def real(fitted_state: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPat
     model.load_state_dict(fitted_state)
     folder = tmp_path_factory.mktemp("real") / "run"
     plan, said = resolve(model, "w4a8"), list[str]()
-    result = climbed(model, folder, evaluate, recipe("w4a8"), say=said.append, title="a classifier")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        alone(patch)
+        warnings.filterwarnings(*SLOWER.split(":"))
+        result = climbed(model, folder, evaluate, recipe("w4a8"), say=said.append, title="a classifier")
     return {"result": result, "folder": folder, "evaluate": evaluate, "plan": plan, "said": said}
 
 
@@ -219,7 +224,9 @@ def test_the_folder_holds_all_that_was_promised(real: dict[str, Any]) -> None:
     folder: Path = real["folder"]
     assert real["result"].outcome == "passed"
     assert {path.name for path in folder.iterdir()} == FILES | {"artefact"}
-    assert {path.name for path in (folder / "artefact").iterdir()} == {"model.onnx", "parity.json"}
+    assert {path.name for path in (folder / "artefact").iterdir()} == {
+        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+    }
     assert Recipe.load(folder / "recipe.yaml") == recipe("w4a8")
     assert Plan.from_json(json.loads((folder / "plan.json").read_text())) == real["plan"]
     assert events(folder) == ["baseline", "rung", "export", "artefact"]

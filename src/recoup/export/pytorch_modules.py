@@ -58,6 +58,12 @@ def kernel(scheme: Scheme, kind: type) -> str:
     return "_int_mm" if multiplies_integers(scheme, 1) else "linear of integers made float"
 
 
+def width(scheme: Scheme, kind: type) -> int:
+    """The bits that a code of its weight takes in the program."""
+    integers = issubclass(kind, CodedLinear) and multiplies_integers(scheme, 1)
+    return 8 if integers else container_bits(scheme.weights)
+
+
 def _check_weights(spec: QuantSpec) -> None:
     if not isinstance(spec.format, IntFormat) or spec.global_scale or spec.has_offset:
         beside = " with offsets" if spec.has_offset else ""

@@ -13,7 +13,8 @@ from torch import nn
 
 from recoup.engines import llama_cpp, onnx_standard, onnxruntime, pytorch, transformers
 from recoup.export.fused import share_global_scales
-from recoup.export.parity import Parity
+from recoup.export.parity import Array, Parity
+from recoup.export.trained import Layer, Stored, Trained
 from recoup.nn import Batch
 from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
@@ -33,6 +34,7 @@ class Target:
         check: (float or converted model, {module: (scheme, type of the converted module)}); raises ValueError
             for what the engine cannot run.
         kernel: (scheme, type of the converted module) -> what computes it, or how it is stored.
+        width: (scheme, type of the converted module) -> bits that a code of its weight takes in the file.
         split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
             parts of every matrix on a device each.
         serve: (what is quantized, reader); raises ValueError where that reader of the artefact does not
@@ -42,8 +44,13 @@ class Target:
             a module knows; whoever calibrates calls it before measuring.
         write: (converted or float model, folder, example); the files of the tokenizer or image processor are
             in the folder already, if there are any.
-        verify: (converted model, folder, example); raises ParityError.
+        trained: (converted model, folder, example) -> what the folder has to agree with.
+        stored: (folder, {module: layer}) -> codes and scales of every module from the bytes alone; raises
+            ParityError for other modules.
+        stored_cached: folder -> scales of keys and values from the bytes alone, by name.
+        compare: (what was trained, folder); the proof. Raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
+        timed: its engine here says something about speed.
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
     """
 
@@ -51,14 +58,27 @@ class Target:
     packages: tuple[str, ...]
     check: Callable[[nn.Module, Quantized], None]
     kernel: Callable[[Scheme, type], str]
+    width: Callable[[Scheme, type], int]
     split: Callable[[nn.Module, Quantized, int], None]
     serve: Callable[[Quantized, str], None]
     cache: Callable[[QuantSpec], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
-    verify: Callable[[nn.Module, Path, Batch], Parity]
+    trained: Callable[[nn.Module, Path, Batch], Trained]
+    stored: Callable[[Path, Mapping[str, Layer]], dict[str, Stored]]
+    stored_cached: Callable[[Path], Mapping[str, Array]]
+    compare: Callable[[Trained, Path], Parity]
     load: Callable[[Path], nn.Module]
+    timed: bool
     costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
+
+    def verify(self, model: nn.Module, folder: Path, example: Batch) -> Parity:
+        """Is a folder what this converted model was?
+
+        Raises:
+            ParityError: it is not; names a tensor or a module.
+        """
+        return self.compare(self.trained(model, folder, example), folder)
 
 
 def _of(module: str, function: str) -> Callable[..., Any]:
@@ -72,6 +92,11 @@ def _of(module: str, function: str) -> Callable[..., Any]:
 
 def _as_it_is(model: nn.Module) -> nn.Module:
     return model
+
+
+def _its_bits(scheme: Scheme, kind: type) -> int:
+    del kind
+    return scheme.weights.format.bits
 
 
 def _one_device(model: nn.Module, modules: Quantized, devices: int) -> None:
@@ -97,19 +122,29 @@ def _no_cache(spec: QuantSpec) -> None:
     )
 
 
+def _none_cached(folder: Path) -> dict[str, Array]:
+    del folder
+    return {}
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         extra="onnx",
         packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
         check=_of("onnx", "check"),
         kernel=_of("onnx_nodes", "kernel"),
+        width=_of("onnx_nodes", "width"),
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
         settle=_as_it_is,
         write=_of("onnx", "write"),
-        verify=_of("onnx_parity", "verify"),
+        trained=_of("onnx_parity", "trained"),
+        stored=_of("onnx_parity", "stored"),
+        stored_cached=_none_cached,
+        compare=_of("onnx_parity", "compare"),
         load=onnxruntime.OnnxModel,
+        timed=True,
         costs=partial(
             compare_costs,
             load=onnxruntime.OnnxModel,
@@ -122,13 +157,18 @@ TARGETS: dict[str, Target] = {
         packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
         check=_of("onnx_qdq", "check_all"),
         kernel=_of("onnx_qdq", "kernel"),
+        width=_of("onnx_qdq", "width"),
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
-        verify=_of("onnx_qdq_parity", "verify"),
+        trained=_of("onnx_parity", "trained"),
+        stored=_of("onnx_parity", "stored"),
+        stored_cached=_none_cached,
+        compare=_of("onnx_qdq_parity", "compare"),
         load=onnx_standard.StandardOnnx,
+        timed=False,
         costs=partial(compare_sizes, size_bytes=onnxruntime.size_bytes, unmeasured=onnx_standard.UNMEASURED),
     ),
     "compressed-tensors": Target(
@@ -136,13 +176,18 @@ TARGETS: dict[str, Target] = {
         packages=("compressed_tensors", "transformers"),
         check=_of("compressed_tensors", "check"),
         kernel=_of("compressed_tensors_config", "kernel"),
+        width=_its_bits,
         split=_of("tensor_parallel", "check_split"),
         serve=_of("compressed_tensors_consumers", "check_consumer"),
         cache=_of("compressed_tensors_config", "check_cache"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
-        verify=_of("compressed_tensors_parity", "verify"),
+        trained=_of("compressed_tensors_parity", "trained"),
+        stored=_of("compressed_tensors_parity", "stored"),
+        stored_cached=_of("compressed_tensors_parity", "stored_cached"),
+        compare=_of("compressed_tensors_parity", "compare"),
         load=transformers.load,
+        timed=False,
         costs=partial(compare_sizes, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED),
     ),
     "pytorch": Target(
@@ -150,13 +195,18 @@ TARGETS: dict[str, Target] = {
         packages=(),
         check=_of("pytorch", "check"),
         kernel=_of("pytorch_modules", "kernel"),
+        width=_of("pytorch_modules", "width"),
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
-        verify=_of("pytorch_parity", "verify"),
+        trained=_of("pytorch_parity", "trained"),
+        stored=_of("pytorch_parity", "stored"),
+        stored_cached=_none_cached,
+        compare=_of("pytorch_parity", "compare"),
         load=pytorch.PytorchModel,
+        timed=True,
         costs=partial(
             compare_costs,
             load=pytorch.PytorchModel,
@@ -169,13 +219,18 @@ TARGETS: dict[str, Target] = {
         packages=("gguf", "xllamacpp", "transformers"),
         check=_of("gguf", "check"),
         kernel=_of("gguf_blocks", "kernel"),
+        width=_its_bits,
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
         settle=_as_it_is,
         write=_of("gguf", "write"),
-        verify=_of("gguf_parity", "verify"),
+        trained=_of("gguf_parity", "trained"),
+        stored=_of("gguf_parity", "stored"),
+        stored_cached=_none_cached,
+        compare=_of("gguf_parity", "compare"),
         load=llama_cpp.LlamaCpp,
+        timed=True,
         costs=partial(
             compare_costs,
             load=llama_cpp.Prompts,

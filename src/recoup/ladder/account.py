@@ -9,8 +9,14 @@ from recoup.ladder.climb import rung_json
 from recoup.validate import Cost, Report
 
 
-def notes_of(account: Explanation, costs: tuple[Cost | None, Cost | None]) -> list[str]:
-    """What a reader should know beside the figures."""
+def notes_of(account: Explanation, costs: tuple[Cost, Cost] | None, slow: str | None) -> list[str]:
+    """What a reader should know beside the figures.
+
+    Args:
+        account: of every parameter.
+        costs: of both files; None where nothing was exported.
+        slow: what is to be said where the exported one is slower.
+    """
     kept: dict[str, int] = defaultdict(int)
     for row in account.rows:
         if row.scheme == "float":
@@ -24,14 +30,10 @@ def notes_of(account: Explanation, costs: tuple[Cost | None, Cost | None]) -> li
         )
         + ".",
     ]
-    before, after = costs
-    if before is None or after is None:
-        return [*notes, "Nothing was exported, because no rung kept the quality."]
-    if after.seconds is not None and before.seconds is not None and after.seconds > before.seconds:
-        notes.append(
-            f"This scheme brings no speed in this engine on this machine: a batch takes "
-            f"{after.seconds / before.seconds:.2f} times as long as with the float file."
-        )
+    if costs is None:
+        notes.append("Nothing was exported, because no rung kept the quality.")
+    if slow is not None:
+        notes.append(f"{slow[0].upper()}{slow[1:]}.")
     return notes
 
 

@@ -7,7 +7,9 @@ back and run in its engine; the model in memory was only the way there. Every ar
 disk before the next one begins: a run that was stopped goes on where it was.
 """
 
+import copy
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from recoup.export.targets import Target
 from recoup.ladder.account import notes_of, run_json
 from recoup.ladder.climb import Climb, Evaluate, measured, rung_json
 from recoup.ladder.facts import facts_of, identity_of
+from recoup.ladder.other_targets import advice, try_other_targets
 from recoup.ladder.refusals import check_data, check_rungs
 from recoup.ladder.run_folder import PLAN, RunFolder, begun, outcome_of_part
 from recoup.ladder.standing import Part, rungs_of
@@ -34,6 +37,7 @@ from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
 from recoup.transforms import fuse
 from recoup.validate import Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
+from recoup.validate.report import is_slower
 
 
 def ptq(
@@ -158,6 +162,7 @@ def recover(
         say(f"going on; measured already: {done}")
     before = _baseline(run, recipe, gates, model, evaluate, given, say)
     _write_float_file(run, target, model, example)
+    plain = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     prepare(model, plan, impl=recipe.impl)
     run.write_json(PLAN, plan.to_json())
     chosen = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say).up(rungs)
@@ -170,6 +175,11 @@ def recover(
     shipped = standing.exported is not None
     if shipped and part in (None, "validate"):
         _measure_artefact(run, recipe, target, example, gates, before, evaluate, say)
+        if not standing.compared:
+            try_other_targets(run, plain, plan, recipe.export.target, example, say)
+        slow = advice(recipe.export.target, standing.costs, standing.others)
+        if slow is not None:
+            warnings.warn(slow, stacklevel=2)
     if shipped:
         known["parity"] = standing.parity
     title = title or "recoup run"
@@ -276,7 +286,7 @@ def _measure_artefact(
         costs = target.costs((run.float_file, run.artefact), example)
     for name, cost in zip(("float file", "exported file"), costs, strict=True):
         say(f"{name}: {cost}")
-    standing.costs = costs
+    standing.costs, standing.compared = costs, not is_slower(costs)
     run.save()
 
 
@@ -305,7 +315,9 @@ def _report(
         artefact_cost=costs[1],
         curve=standing.curve,
         layer_errors=standing.errors,
-        notes=notes_of(account, costs),
+        notes=notes_of(
+            account, standing.costs, advice(recipe.export.target, standing.costs, standing.others)
+        ),
         facts=facts,
     )
 

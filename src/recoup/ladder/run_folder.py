@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / _WORK / "float"
 
     @property
+    def other_target(self) -> Path:
+        """Where both files of another target lie while they are measured."""
+        return self.path / _WORK / ".other"
+
+    @property
     def training(self) -> Path:
         """Where a training that is under way keeps its checkpoints."""
         return self.path / _WORK / "training"
@@ -134,7 +139,8 @@ class RunFolder:
 
     def _drafts(self) -> Iterator[Path]:
         """What writers that were killed left; whatever else has a dot in front is somebody else's."""
-        mine = [f".*{_DRAFT}", f"{_WORK}/.*{_DRAFT}", f"{_WORK}/.float", ".report.md.*", ".report.html.*"]
+        work = (f"{_WORK}/{name}" for name in (f".*{_DRAFT}", ".float", ".other"))
+        mine = [f".*{_DRAFT}", *work, ".report.md.*", ".report.html.*"]
         for pattern in mine:
             yield from (path for path in self.path.glob(pattern) if not path.is_symlink())
         unproven = f".{glob.escape(self.artefact.name)}-{'?' * 8}"  # as `export` has it from tempfile

@@ -6,8 +6,34 @@ from typing import Any, Literal
 
 from recoup.schemes import Recipe
 from recoup.validate import Cost, Rung, Verdict
+from recoup.validate.report import duration, latencies
 
 Part = Literal["ptq", "qat", "export", "validate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Another target, measured because the artefact is slower than the float model in its own.
+
+    Args:
+        target: its name.
+        scheme: the schemes that it was measured with; empty where it was not.
+        costs: of the float file and of the quantized one there; None where it was not measured.
+        refused: why not.
+        seconds: what it took to find out.
+    """
+
+    target: str
+    scheme: str = ""
+    costs: tuple[Cost, Cost] | None = None
+    refused: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.costs is None:
+            return f"{self.target}: {self.refused}"
+        before, after = map(duration, latencies(self.costs))
+        return f"{self.target} with {self.scheme} ({after}, in float {before})"
 
 
 @dataclass
@@ -25,6 +51,8 @@ class Standing:
         parity: how close the file is to what was trained, in words.
         artefact: the exported file, measured.
         costs: of the float file and of the exported one.
+        others: targets that were measured because the artefact is slower than the float file.
+        compared: none is left to be measured.
     """
 
     step: int = 0
@@ -37,6 +65,8 @@ class Standing:
     parity: str = ""
     artefact: Rung | None = None
     costs: tuple[Cost, Cost] | None = None
+    others: list[Trial] = field(default_factory=list[Trial])
+    compared: bool = False
 
     @property
     def best(self) -> Rung | None:
@@ -46,6 +76,7 @@ class Standing:
     def drop_artefact(self) -> None:
         """Count none as exported: what is there is gone, or was made of a rung that is not the best now."""
         self.exported = self.artefact = self.costs = None
+        self.others, self.compared = [], False
 
     def left(self, rungs: tuple[str, ...]) -> list[str]:
         """Those of the rungs that are still to be climbed; none once one has passed."""
@@ -63,7 +94,7 @@ class Standing:
             return None
         if part == "export":
             return self.best.outcome
-        return None if self.artefact is None or self.costs is None else self.artefact.outcome
+        return self.artefact.outcome if self.artefact is not None and self.compared else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, not-a-numbers included."""
@@ -76,7 +107,8 @@ class Standing:
         restored: dict[str, Any] = {
             "rungs": [_rung(rung) for rung in data["rungs"]],
             "artefact": None if artefact is None else _rung(artefact),
-            "costs": None if costs is None else (Cost(**costs[0]), Cost(**costs[1])),
+            "costs": _costs(costs),
+            "others": [Trial(**(trial | {"costs": _costs(trial["costs"])})) for trial in data["others"]],
         }
         return cls(**(data | restored))
 
@@ -95,6 +127,10 @@ def rungs_of(part: Part | None, recipe: Recipe) -> tuple[str, ...]:
     if part == "qat" and len(calibrated) == len(recipe.rungs):
         raise ValueError("rungs: the recipe trains nothing; add qat to them")
     return calibrated if part == "ptq" else recipe.rungs
+
+
+def _costs(pair: Any) -> tuple[Cost, Cost] | None:
+    return None if pair is None else (Cost(**pair[0]), Cost(**pair[1]))
 
 
 def _rung(data: dict[str, Any]) -> Rung:

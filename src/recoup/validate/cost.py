@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from recoup.nn import Batch, call
 from recoup.validate.report import Cost
 
+TIMED, WARM_UP = 11, 2  # runs of each file
+
 
 def compare_costs(
     folders: tuple[Path, Path],
@@ -20,7 +22,7 @@ def compare_costs(
     load: Callable[[Path], nn.Module],
     size_bytes: Callable[[Path], int],
     peak_bytes: Callable[[Path, Batch], int],
-    repeats: int = 11,
+    repeats: int = TIMED,
 ) -> tuple[Cost, Cost]:
     """Size on disk, median latency and peak memory of two artefacts.
 
@@ -33,15 +35,15 @@ def compare_costs(
         load: folder -> a module that runs in the engine.
         size_bytes: folder -> bytes on disk.
         peak_bytes: (folder, batch) -> bytes of a fresh process.
-        repeats: timed runs of each; two more warm up.
+        repeats: timed runs of each, after those that warm up.
     """
     models = [load(folder) for folder in folders]
     seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 2):
+    for turn in range(repeats + WARM_UP):
         for which in (0, 1) if turn % 2 else (1, 0):
             start = time.perf_counter()
             call(models[which], batch)
-            if turn >= 2:
+            if turn >= WARM_UP:
                 seconds[which].append(time.perf_counter() - start)
     first, second = (
         Cost(

@@ -16,6 +16,8 @@ from markupsafe import Markup
 
 from recoup.validate.gates import Verdict
 
+_NOTICED = 1.02  # a ratio of latencies nearer to 1 is none
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
@@ -149,6 +151,18 @@ def headline(report: Report) -> str:
     return f"No rung keeps every gate within its limit (tried: {attempts}): do not quantize it this way."
 
 
+def latencies(costs: tuple[Cost, Cost] | None) -> tuple[float, float]:
+    """Of the float file and of the other one, in seconds; infinite where nobody knows."""
+    before, after = (cost.seconds for cost in costs) if costs else (None, None)
+    return (math.inf, math.inf) if before is None or after is None else (before, after)
+
+
+def is_slower(costs: tuple[Cost, Cost] | None) -> bool:
+    """Is the second file slower than the float one, as far as anybody knows?"""
+    before, after = latencies(costs)
+    return after > _NOTICED * before
+
+
 def speed(report: Report) -> str | None:
     """How the artefact's latency compares with the float file's, in one plain sentence."""
     if report.float_cost is None or report.artefact_cost is None:
@@ -156,7 +170,7 @@ def speed(report: Report) -> str | None:
     if report.artefact_cost.seconds is None or report.float_cost.seconds is None:
         return f"Speed and memory were not measured: {report.artefact_cost.unmeasured}."
     ratio = report.artefact_cost.seconds / report.float_cost.seconds
-    if ratio > 1.02:
+    if ratio > _NOTICED:
         return f"The exported file is SLOWER than the float file: {ratio:.2f} times the time for each batch."
     if ratio > 0.98:
         return "The exported file is as fast as the float file, no faster."
