@@ -108,7 +108,7 @@ def outputs_apart(reference: Any, other: Any) -> str:
         raise ValueError("the float model answers other outputs")
     said = f"{relative_rms(plain, found):.3g} from the float model's (relative, RMS)"
     if WORDS in plain:
-        apart, same = nats(plain[WORDS], found[WORDS]), same_word(plain[WORDS], found[WORDS])
+        apart, same = float(nats(plain[WORDS], found[WORDS]).mean()), same_word(plain[WORDS], found[WORDS])
         said += f"; next words {apart:.3g} nats apart, {same:.0%} the same"
     return said
 
