@@ -1,7 +1,8 @@
 """What a folder says of itself, so that it can be verified later: artefact.json, and artefact.tensors.
 
 The JSON has the format of the folder, the scheme and the digests of every quantized module, and the sums of
-all files; the tensors are a batch, what the trained model answered to it, biases, and the scales of inputs.
+all files; the tensors are a batch, what the trained model answered to it, biases, and the scales of inputs,
+keys and values.
 What is read is not trusted: it is checked as a recipe is, and no name in it leads out of the folder.
 """
 
@@ -75,6 +76,20 @@ class Example:
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
+class Cache:
+    """What is quantized of a KV cache; the scales are in artefact.tensors.
+
+    Args:
+        spec: of keys and values.
+        names: of their quantizers.
+    """
+
+    spec: QuantSpec
+    names: tuple[str, ...]
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
 class File:
     """A file of the folder."""
 
@@ -95,6 +110,7 @@ class Artefact:
         modules: what is quantized, by name; None where nobody noted it.
         lattices: of quantizers that belong to none of the modules, by name.
         example: None where the batch could not be recorded, or nobody did.
+        cache: None where keys and values stay in float.
         files: all others, by their path in the folder; None where nobody noted them.
     """
 
@@ -105,6 +121,7 @@ class Artefact:
     modules: dict[str, Module] | None = None
     lattices: dict[str, QuantSpec] = field(default_factory=dict)
     example: Example | None = None
+    cache: Cache | None = None
     files: dict[str, File] | None = None
 
     def layers(self) -> dict[str, Layer]:

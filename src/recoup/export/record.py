@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recoup.export.artefact import FILE, FORMAT, TENSORS, Artefact, Example, File, Module, to_json
+from recoup.export.artefact import FILE, FORMAT, TENSORS, Artefact, Cache, Example, File, Module, to_json
 from recoup.export.rebuilt import DTYPES, Convolution, canonical
 from recoup.export.trained import Stored, Trained, layer_of, tensors_of
 from recoup.nn import CodedModule, FakeQuantizer
@@ -29,6 +29,8 @@ def write(folder: Path, target: str, trained: Trained) -> None:
             tensors |= _state("input", path, quantizer)
     for path, quantizer in trained.lattices.items():
         tensors |= _state("lattice", path, quantizer)
+    for path, quantizer in trained.cached.items():
+        tensors |= _state("cache", path, quantizer)
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     save_file(copies, folder / TENSORS)
     found = Artefact(
@@ -39,6 +41,7 @@ def write(folder: Path, target: str, trained: Trained) -> None:
         modules={path: _module(module, trained, path) for path, module in trained.modules.items()},
         lattices={path: quantizer.spec for path, quantizer in trained.lattices.items()},
         example=example,
+        cache=_cache(trained),
         files={name: sum_of(folder / name) for name in names_of_files(folder)},
     )
     (folder / FILE).write_text(json.dumps(to_json(found), indent=2) + "\n")
@@ -71,6 +74,15 @@ def sum_of(file: Path) -> File:
 
 def _state(kind: str, path: str, quantizer: FakeQuantizer) -> dict[str, Tensor]:
     return {f"{kind}.{name}.{path}": value for name, value in quantizer.state_dict().items()}
+
+
+def _cache(trained: Trained) -> Cache | None:
+    quantizers = trained.cached
+    if not quantizers:
+        return None
+    first, *others = (quantizer.spec for quantizer in quantizers.values())
+    assert all(other == first for other in others), "a recipe has one spec of keys and values"
+    return Cache(spec=first, names=tuple(quantizers))
 
 
 def _module(module: CodedModule, trained: Trained, path: str) -> Module:

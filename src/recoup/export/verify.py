@@ -14,9 +14,9 @@ from recoup.export.migrations import read
 from recoup.export.parity import Parity, ParityError
 from recoup.export.rebuilt import DTYPES, quantizer, rebuilt
 from recoup.export.targets import Target, usable
-from recoup.export.trained import Layer, Stored, Trained
+from recoup.export.trained import Layer, Stored, Trained, check_cached
 from recoup.export.verification import Check, Verification, not_checked
-from recoup.nn import CodedModule
+from recoup.nn import CodedModule, FakeQuantizer
 
 _SHOWN = 5
 _MALFORMED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError, OverflowError)
@@ -27,8 +27,9 @@ def verify(folder: str | Path, *, model: str | Path | None = None) -> Verificati
     """Check a folder again as `export` did, from the folder alone; changes nothing.
 
     The sums of all files; the codes and scales decoded from their bytes, by their digests, of exactly the
-    modules that were quantized; every module in the engine, within its bound of the same module made again
-    from its codes; and the engine's outputs for the batch that was recorded, against the trained model's.
+    modules that were quantized; the scales of keys and values; every module and every cache in the engine,
+    within its bound of the same one made again from its codes; and the engine's outputs for the batch that
+    was recorded, against the trained model's.
 
     A folder that another tool wrote (compressed-tensors, GPTQ, AWQ, AutoRound, ModelOpt) has nothing
     recorded: it is decoded, and compared with the float model.
@@ -54,8 +55,9 @@ def verify(folder: str | Path, *, model: str | Path | None = None) -> Verificati
     target = usable(found.target)
     checks = [_files(folder, found)]
     modules, codes = _codes(folder, found, target)
-    parity, ran = _engine(folder, found, target, modules)
-    checks += [codes, *ran]
+    cached, kept = _cache(folder, found, target)
+    parity, ran = _engine(folder, found, target, modules, cached)
+    checks += [codes, *kept, *ran]
     apart = None
     if model is not None:
         apart, compared = of_artefact(folder, Path(model), found, target, modules)
@@ -129,8 +131,36 @@ def _modules(
     }
 
 
+def _cache(folder: Path, found: Artefact, target: Target) -> tuple[dict[str, FakeQuantizer], list[Check]]:
+    """Whether the bytes hold the scales of keys and values that were recorded; no check where there are none.
+
+    Raises:
+        ValueError: what was recorded is not theirs.
+    """
+    if found.modules is None:
+        return {}, []
+    quantizers: dict[str, FakeQuantizer] = {}
+    if (cache := found.cache) is not None:
+        target.cache(cache.spec)
+        tensors = read_safetensors(folder / record.TENSORS)
+        for path in cache.names:
+            state = artefact.state_of("cache", path, tensors)
+            quantizers[path] = quantizer(path, cache.spec, columns=None, state=state)
+    try:
+        with _decoding(found.target):
+            scales = check_cached(quantizers, target.stored_cached(folder))
+    except ParityError as error:
+        return quantizers, [Check(what="cache", outcome="different", found=str(error))]
+    same = Check(what="cache", outcome="same", found=f"{scales} scales of keys and values")
+    return quantizers, [same] * (scales > 0)
+
+
 def _engine(
-    folder: Path, found: Artefact, target: Target, modules: Mapping[str, CodedModule]
+    folder: Path,
+    found: Artefact,
+    target: Target,
+    modules: Mapping[str, CodedModule],
+    cached: Mapping[str, FakeQuantizer],
 ) -> tuple[Parity | None, list[Check]]:
     """The modules and the outputs, as the engine computes them."""
     if found.modules is None:
@@ -149,9 +179,10 @@ def _engine(
         answers=answers,
         recorded=answers,
         lattices={
-            path: quantizer(path, spec, None, artefact.state_of("lattice", path, tensors))
+            path: quantizer(path, spec, columns=None, state=artefact.state_of("lattice", path, tensors))
             for path, spec in found.lattices.items()
         },
+        cached=cached,
     )
     try:
         with _decoding(found.target):
