@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import transformers
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from transformers import (
@@ -358,3 +359,9 @@ def test_a_state_that_is_no_keys_and_values_is_not_written_as_such(
     with pytest.raises(ValueError, match=r"no cache: model\.config\.use_cache = False"):
         importlib.import_module("recoup.export.onnx").write(model, tmp_path, batch())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_does_not_tell_where_it_was_traced(files: Callable[[str], Made]) -> None:
+    content = (files("llama w4a16").folder / "model.onnx").read_bytes()
+    for path in (transformers.__file__, importlib.import_module("recoup.export.onnx").__file__):
+        assert str(Path(path).parent).encode() not in content

@@ -382,7 +382,9 @@ def test_a_quantizer_of_its_own_is_recorded(tmp_path: Path) -> None:
     _, read = migrations.read(tmp_path)
     assert read is not None
     tensors = load_file(tmp_path / "artefact.tensors")
-    again = quantizer("own", read.lattices["own"], None, artefact.state_of("lattice", "own", tensors))
+    again = quantizer(
+        "own", read.lattices["own"], columns=None, state=artefact.state_of("lattice", "own", tensors)
+    )
     assert torch.equal(again(x), model.own(x))
 
 

@@ -142,7 +142,7 @@ def _cache(folder: Path, found: Artefact, target: Target) -> tuple[dict[str, Fak
     quantizers: dict[str, FakeQuantizer] = {}
     if (cache := found.cache) is not None:
         target.cache(cache.spec)
-        tensors = read_safetensors(folder / record.TENSORS)
+        tensors = read_safetensors(folder / artefact.TENSORS)
         for path in cache.names:
             state = artefact.state_of("cache", path, tensors)
             quantizers[path] = quantizer(path, cache.spec, columns=None, state=state)
