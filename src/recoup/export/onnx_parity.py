@@ -24,8 +24,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
-from recoup.engines.onnxruntime_decoding import PAST
-from recoup.export import onnx_bytes
+from recoup.export import onnx_bytes, onnx_cache
 from recoup.export.answers import answers
 from recoup.export.onnx import AGAIN, FILE, MODULES, TIED
 from recoup.export.onnx_decoding import generation
@@ -41,18 +40,23 @@ from recoup.numerics import QuantSpec, dequantize
 
 @torch.no_grad()
 def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
-    """What folder/model.onnx is compared with, from the converted model."""
+    """What folder/model.onnx is compared with, from the converted model; also word after word."""
+    spoken = generation(model, example) if onnx_cache.decodes(model, example) else None
+    return replace(trained_whole(model, folder, example), generation=spoken)
+
+
+@torch.no_grad()
+def trained_whole(model: nn.Module, folder: Path, example: Batch) -> Trained:
+    """The same of a file that is for whole sequences."""
+    del folder
     modules, places = coded(model)
     answered, recorded = answers(model, example)
-    inputs = onnx.load(folder / FILE, load_external_data=False).graph.input
-    decodes = any(value.name.startswith(PAST) for value in inputs)
     return Trained(
         modules=modules,
         places=places,
         example=example,
         answers=answered,
         recorded=recorded,
-        generation=generation(model, example) if decodes else None,
         lattices=lattices(model),
     )
 
