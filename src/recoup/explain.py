@@ -28,9 +28,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What would happen to every parameter; prints as a table."""
+    """What would happen to every parameter, and to what attention keeps; prints as a table.
+
+    Args:
+        rows: of every parameter.
+        cache: how keys and values are kept; "" where nothing is said of them.
+    """
 
     rows: list[Row]
+    cache: str = ""
 
     @property
     def bytes_before(self) -> int:
@@ -64,7 +70,7 @@ class Explanation:
             )
             for line in [*cells, total]
         ]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(line.rstrip() for line in [*lines, *filter(None, [self.cache])])
 
 
 def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = None) -> Explanation:
@@ -105,7 +111,8 @@ def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = No
                 bytes_before=before, bytes_after=after, reason=reason, kernel=kernel,
             )
         )  # fmt: skip
-    return Explanation(rows=rows)
+    cache = "" if plan.kv is None else f"KV cache of {len(plan.caches)} attention layers: {plan.kv}"
+    return Explanation(rows=rows, cache=cache)
 
 
 def _matrix(module: nn.Module) -> Tensor:

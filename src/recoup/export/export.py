@@ -15,11 +15,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from recoup.convert import convert
-from recoup.export import artefact
+from recoup.export import record
 from recoup.export.fields import too_wide
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
-from recoup.nn import CODED_MODULES, Batch, cut, is_coded, is_prepared, moved, quant_type, size_of
+from recoup.nn import (
+    CODED_MODULES,
+    Batch,
+    cache_quantizers,
+    cut,
+    is_coded,
+    is_prepared,
+    moved,
+    quant_type,
+    size_of,
+)
 from recoup.schemes import Plan, Scheme
 
 PARITY_FILE = "parity.json"
@@ -37,7 +47,9 @@ _PROCESSOR_FILES = (
 )
 
 
-def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int = 1) -> dict[str, str]:
+def preflight(
+    model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int = 1, consumer: str | None = None
+) -> dict[str, str]:
     """Can the target's engine run this plan? Asked before any calibration or training.
 
     Args:
@@ -45,14 +57,16 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
         plan: from `resolve`.
         target: a key of `TARGETS`.
         tensor_parallel: devices over which the engine will split every matrix.
+        consumer: who will read the artefact, as "vllm" or "vllm>=0.27"; None asks for no more than the
+            engine that proves it.
 
     Returns:
         What computes every quantized module there, or how it is stored, by name. Where codes lie in fields
         wider than they need, that says so, and a warning says what it costs.
 
     Raises:
-        ValueError: no such target, or a model or a module whose scheme the engine cannot run, or not on so
-            many devices; names them.
+        ValueError: no such target, or a model or a module whose scheme the engine, or the consumer, cannot
+            run, or not on so many devices; names them.
         ImportError: the target's libraries are not installed; names the extra.
     """
     modules: dict[str, tuple[Scheme, type]] = {}
@@ -62,8 +76,12 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
         modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
     there = usable(target)
     there.check(model, modules)
+    if plan.kv is not None:
+        there.cache(plan.kv)
     if tensor_parallel > 1:
         there.split(model, modules, tensor_parallel)
+    if consumer is not None:
+        there.serve(modules, consumer)
     widths = {path: (scheme, there.width(scheme, kind)) for path, (scheme, kind) in modules.items()}
     for line in too_wide(model, widths):
         warnings.warn(f"{target}: {line}", stacklevel=2)
@@ -100,7 +118,7 @@ def export(
 
     Returns:
         What was compared, and how close it is; also in the folder, as parity.json. What `verify` compares
-        it with later is in artefact.json and artefact.safetensors.
+        it with later is in artefact.json and artefact.tensors.
 
     Raises:
         ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
@@ -117,6 +135,8 @@ def export(
     with torch.no_grad():
         coded = converted_copy(model)
     writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
+    for key, _ in cache_quantizers(coded).values():
+        writer.cache(key.spec)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         writing(folder),
@@ -128,7 +148,7 @@ def export(
         writer.write(coded, unproven, example)
         trained = writer.trained(coded, unproven, example)
         parity = writer.compare(trained, unproven)
-        artefact.write(unproven, target, trained)
+        record.write(unproven, target, trained)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()

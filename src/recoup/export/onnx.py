@@ -181,9 +181,12 @@ def _trace(model: nn.Module, form: Traced, opset: int) -> Any:
         for module, mode in modes.items():
             module.training = mode
     assert program is not None
-    stored = program.model.graph.initializers
-    for value in list(stored.values()):
+    graph = program.model.graph
+    for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix(form.prefix)
+    for node in graph.all_nodes():  # where in whose files it was traced: kilobytes for every node
+        node.metadata_props.clear()
+        node.doc_string = None
     return program
 
 

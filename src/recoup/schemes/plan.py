@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from recoup.numerics import QuantSpec
 from recoup.schemes.scheme import Scheme
 
 
@@ -16,19 +17,27 @@ class Plan:
         schemes: the schemes in use, by name.
         modules: the name of the scheme of every quantized module.
         kept: the reason for every parameter that stays in float.
+        kv: the spec of keys and values in the KV cache; None leaves them in float.
+        caches: the attention modules that keep them so.
 
     Raises:
-        ValueError: a module has a scheme that is not among `schemes`.
+        ValueError: a module has a scheme that is not among `schemes`, or `kv` and `caches` do not belong
+            together.
     """
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    kv: QuantSpec | None = None
+    caches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for module, name in self.modules.items():
             if name not in self.schemes:
                 raise ValueError(f"{module}: no scheme {name!r} among the plan's: {', '.join(self.schemes)}")
+
+        if (self.kv is None) != (not self.caches):
+            raise ValueError(f"kv is {self.kv}, and {len(self.caches)} attention modules have it; give both")
 
     def __getitem__(self, module: str) -> Scheme:
         return self.schemes[self.modules[module]]
