@@ -211,7 +211,7 @@ def gguf_file(write: Callable[[Path], None]) -> Way:
         server = Server(folder, context=PROMPT + NEW_TOKENS, hidden=False, threads=threads)
         (ids,) = feeds["input_ids"].tolist()
         run = partial(server.generate, ids, max_new_tokens=NEW_TOKENS)
-        vars(run)["process"] = server.process_id
+        vars(run)["process"] = server._process.pid
         return run
 
     return Way(load=load, write=write, file="model.gguf")

@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS, SCRATCH = HERE / "results", HERE / "scratch"
 # Of a job, what says where things lie on this machine: nothing to anybody else.
-PLACES = {"model", "tokens"}
+PLACES = {"model", "tokens", "artefacts"}
 # How a traceback ends, where the message may go on for more lines.
 RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
 
