@@ -76,7 +76,8 @@ def kernel(scheme: Scheme, kind: type) -> str:
     layout = weight_layout(scheme.weights)
     made = "8-bit floats" if layout == "floats" else "integers"
     if issubclass(kind, CodedConv):
-        return f"Conv of {made} made float"
+        integers = scheme.integer_bias and fits_sixteen_bits(scheme.weights)
+        return f"{'QLinearConv, or ' * integers}Conv of {made} made float"
     if layout == "groups":
         return "MatMulNBits"
     if layout == "floats":
