@@ -1,7 +1,7 @@
 """The dry run: what a plan does to every parameter of a model, as a table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What would happen to every parameter; prints as a table."""
+    """What would happen to every parameter, and to which modules' outputs; prints as a table."""
 
     rows: list[Row]
+    outputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -64,6 +65,7 @@ class Explanation:
             )
             for line in [*cells, total]
         ]
+        lines += [f"output of {module}: {spec}" for module, spec in self.outputs.items()]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -103,7 +105,7 @@ def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = No
                 bytes_before=before, bytes_after=after, reason=reason, kernel=kernel,
             )
         )  # fmt: skip
-    return Explanation(rows=rows)
+    return Explanation(rows=rows, outputs={name: str(spec) for name, spec in plan.outputs.items()})
 
 
 def _matrix(module: nn.Module) -> Tensor:

@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Codes, FakeQuantizer, is_prepared, quant_type
-from recoup.numerics import kernels, per_tensor
+from recoup.nn import Codes, FakeQuantizer, device_of, is_prepared, quant_type, quantize_output
+from recoup.numerics import QuantSpec, kernels, per_tensor
 from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
 
 _log = logging.getLogger("recoup")
@@ -42,7 +42,8 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     Raises:
         ValueError: a rule that matches nothing; a layer that its groups do not divide, or whose inputs
             cannot have the scheme's; tied weights that are not quantized alike; a large parameter in a
-            module that has no quantized form, and no rule that keeps it; nothing to quantize.
+            module that has no quantized form, and no rule that keeps it; nothing to quantize; a name in
+            `outputs` that is no module's, or a scheme whose inputs have no numbers for them.
 
     >>> import torch
     >>> resolve(torch.nn.Sequential(torch.nn.Linear(32, 4)), "w4a16").modules
@@ -73,7 +74,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
                         f"two different schemes are called {decision.name!r}; give them two names"
                     )
                 modules[name] = decision.name
-    plan = Plan(schemes=schemes, modules=modules, kept=kept)
+    plan = Plan(schemes=schemes, modules=modules, kept=kept, outputs=_outputs(model, recipe))
     _tied_weights_are_alike(model, plan)
     _nothing_large_is_left_out(model, kept)
     if not modules:
@@ -108,6 +109,9 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
     modules = dict(model.named_modules())
     _no_fast_path(modules, plan)
     chosen = _chosen(impl, [modules[name] for name in plan.modules if name in modules])
+    for name in plan.outputs:
+        if name not in modules:
+            raise ValueError(f"outputs: the model has no module {name!r}; resolve the plan for this model")
     twins: dict[nn.Module, nn.Module] = {}
     quantizers: dict[Tensor, FakeQuantizer] = {}
     for name in plan.modules:
@@ -129,7 +133,11 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in twins:
             model.set_submodule(name, twins[module])
-    for quantizer in (module for twin in twins.values() for module in twin.modules()):
+    for name, spec in plan.outputs.items():
+        quantizer = FakeQuantizer(spec, rows=None, columns=None)
+        quantizer.path = f"{name}.output"
+        quantize_output(model.get_submodule(name), quantizer.to(device_of(model)))
+    for quantizer in model.modules():
         if isinstance(quantizer, FakeQuantizer):
             quantizer.impl = chosen
     return model
@@ -142,6 +150,25 @@ def _chosen(asked: kernels.Choice, modules: list[nn.Module]) -> kernels.Impl:
     chosen, why = kernels.choose(asked, device, sum(weight.numel() for weight in weights))
     _log.info("fake quantization: %s (%s)", chosen, why)
     return chosen
+
+
+def _outputs(model: nn.Module, recipe: Recipe) -> dict[str, QuantSpec]:
+    """The modules whose outputs are quantized: as the recipe's scheme quantizes inputs."""
+    names, spec = [name for name, _ in model.named_modules() if name], recipe.scheme.inputs
+    for pattern in recipe.outputs:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            nearest = get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise ValueError(
+                f"outputs: {pattern!r} matches no module; did you mean {', '.join(nearest) or names[0]}?"
+            )
+    if not recipe.outputs:
+        return {}
+    if spec is None or spec.ranges == "dynamic" or spec.granularity != per_tensor:
+        raise ValueError(
+            f"outputs: they are quantized as scheme {recipe.scheme.name!r} quantizes inputs, and that is not "
+            "static per tensor; use w8a8-static or fp8-static"
+        )
+    return {name: spec for name in names if any(fnmatchcase(name, pattern) for pattern in recipe.outputs)}
 
 
 def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, list[str]]) -> Scheme | str:

@@ -18,7 +18,7 @@ from recoup.convert import convert
 from recoup.export.fields import too_wide
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
-from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, quant_type
+from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, output_quantizers, quant_type
 from recoup.schemes import Plan, Scheme
 
 PARITY_FILE = "parity.json"
@@ -60,6 +60,8 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
         modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
     there = usable(target)
     there.check(model, modules)
+    for path, spec in plan.outputs.items():
+        there.output(path, spec)
     if tensor_parallel > 1:
         there.split(model, modules, tensor_parallel)
     widths = {path: (scheme, there.width(scheme, kind)) for path, (scheme, kind) in modules.items()}
@@ -113,6 +115,8 @@ def export(
     with torch.no_grad():
         coded = converted_copy(model)
     writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
+    for path, quantizer in output_quantizers(coded).items():
+        writer.output(path, quantizer.spec)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         writing(folder),

@@ -19,7 +19,18 @@ from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OUTPUTS
 from recoup.export.tracing import first_two, free_axes, output_names, positional, untraceable
-from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, CodedModule, is_coded
+from recoup.nn import (
+    OUTPUT,
+    Batch,
+    CodedConv,
+    CodedEmbedding,
+    CodedLinear,
+    CodedModule,
+    FakeQuantizer,
+    is_coded,
+    output_quantizer_of,
+    quantize_output,
+)
 from recoup.schemes import Scheme
 
 OPSET = 21
@@ -101,7 +112,7 @@ def write(
     graph, values = program.model.graph, dict[str, dict[str, str]]()
     for node in [node for node in graph if node.op_type == _CLOSED]:
         path = node.attributes["path"].as_string()
-        nodes = onnx_graph.Graph(path, graph.initializers)
+        nodes = onnx_graph.Graph(path.removesuffix(f".{OUTPUT}"), graph.initializers)
         closed_input, closed_output = node.inputs[0], node.outputs[0]
         assert closed_input is not None
         lower: Any = next(nodes_of for kind, nodes_of in lowering.items() if isinstance(coded[path], kind))
@@ -163,9 +174,10 @@ def _trace(model: nn.Module, example: Batch, outputs: list[str], opset: int) -> 
 class _Closed(nn.Module):
     """One node of the traced graph; the lowering opens it."""
 
-    def __init__(self, path: str, module: CodedModule) -> None:
+    def __init__(self, path: str, module: CodedModule | FakeQuantizer) -> None:
         super().__init__()
-        self.path, self.dtype = path, module.weight.dtype
+        self.path = path
+        self.dtype = torch.float32 if isinstance(module, FakeQuantizer) else module.weight.dtype
         self.shape = _output_shape(module)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (callers may name it, as they do for nn.Linear)
@@ -178,8 +190,10 @@ class _Closed(nn.Module):
         )
 
 
-def _output_shape(module: CodedModule) -> Callable[[Sequence[int]], list[int]]:
+def _output_shape(module: CodedModule | FakeQuantizer) -> Callable[[Sequence[int]], list[int]]:
     """From a module's input shape to that of its output; without the module, which tracing would find."""
+    if isinstance(module, FakeQuantizer):
+        return list
     if isinstance(module, CodedEmbedding):
         width = module.embedding_dim
         return lambda shape: [*shape, width]
@@ -206,16 +220,25 @@ def _output_shape(module: CodedModule) -> Callable[[Sequence[int]], list[int]]:
 
 @contextmanager
 def _closed(model: nn.Module) -> Generator[dict[str, nn.Module]]:
-    """Coded modules by path, closed meanwhile; one that stands at several paths goes by its first."""
+    """Coded modules and outputs' quantizers by path, closed meanwhile; one at several paths by its first."""
     places: dict[str, Any] = {
-        place: module for place, module in model.named_modules(remove_duplicate=False) if is_coded(module)
+        place: module
+        for place, module in model.named_modules(remove_duplicate=False)
+        if _closes(place, module)
     }
-    coded: dict[str, Any] = {name: module for name, module in model.named_modules() if is_coded(module)}
+    coded: dict[str, Any] = {name: module for name, module in model.named_modules() if _closes(name, module)}
     closed = {module: _Closed(name, module) for name, module in coded.items()}
-    for place, module in places.items():
+    for place, module in reversed(places.items()):  # what is inside before what is around it
         model.set_submodule(place, closed[module])
+        inside = output_quantizer_of(module)
+        if inside is not None and output_quantizer_of(closed[module]) is None:
+            quantize_output(closed[module], inside)
     try:
         yield coded
     finally:
         for place, module in places.items():
             model.set_submodule(place, module)
+
+
+def _closes(path: str, module: nn.Module) -> bool:
+    return is_coded(module) or (isinstance(module, FakeQuantizer) and path.endswith(f".{OUTPUT}"))

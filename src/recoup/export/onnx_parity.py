@@ -29,7 +29,7 @@ from recoup.export.onnx import AGAIN, FILE, MODULES
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Parity, ParityError, divergence, end_to_end, equal, expected
-from recoup.nn import Batch, Codes, call, is_coded
+from recoup.nn import OUTPUT, Batch, Codes, FakeQuantizer, call, is_coded, output_quantizers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -78,12 +78,14 @@ def compared(
         for path, module in coded.items()
     ]
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
+    outputs_of = {f"{path}.{OUTPUT}": quantizer for path, quantizer in output_quantizers(model).items()}
+    _same_outputs(file, {called.partition(AGAIN)[0] for called in mapped} - set(coded), outputs_of)
     results = _OpenedFile(file, folder, mapped, load).run(example)
     worst = 0.0
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
         x, y = results[values["input"]], results[values["output"]]
-        trained, bound = expected(coded[path], x)
+        trained, bound = expected(outputs_of.get(path) or coded[path], x)
         excess = ((y.double() - trained).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
@@ -103,6 +105,20 @@ def compared(
         divergence=nats,
         same_word=same,
     )
+
+
+def _same_outputs(file: onnx.ModelProto, found: set[str], trained: Mapping[str, FakeQuantizer]) -> None:
+    """The file quantizes the outputs of these modules and no others, with the trained scales.
+
+    Raises:
+        ParityError: it does not; names the module.
+    """
+    if found != set(trained):
+        raise ParityError(f"the file quantizes other outputs than the plan: {sorted(found ^ set(trained))}")
+    tensors = {tensor.name: tensor for tensor in file.graph.initializer}
+    for path, quantizer in trained.items():
+        scale = onnx_bytes.read_scales(tensors[f"{path.removesuffix(f'.{OUTPUT}')}.output_scale"])
+        equal(path, "scale", scale.reshape(1, 1), quantizer.stored_qparams.scale.detach())
 
 
 class _Logits(nn.Module):

@@ -15,6 +15,7 @@ from recoup.engines import llama_cpp, onnx_standard, onnxruntime, pytorch, trans
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
 from recoup.nn import Batch
+from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
 from recoup.validate import Cost
 from recoup.validate.cost import compare_costs, compare_sizes
@@ -33,6 +34,7 @@ class Target:
             for what the engine cannot run.
         kernel: (scheme, type of the converted module) -> what computes it, or how it is stored.
         width: (scheme, type of the converted module) -> bits that a code of its weight takes in the file.
+        output: (module, spec of its quantized output); raises ValueError for what the files cannot hold.
         split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
             parts of every matrix on a device each.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
@@ -50,6 +52,7 @@ class Target:
     check: Callable[[nn.Module, Quantized], None]
     kernel: Callable[[Scheme, type], str]
     width: Callable[[Scheme, type], int]
+    output: Callable[[str, QuantSpec], None]
     split: Callable[[nn.Module, Quantized, int], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
@@ -72,6 +75,13 @@ def _as_it_is(model: nn.Module) -> nn.Module:
     return model
 
 
+def _no_output(path: str, spec: QuantSpec) -> None:
+    raise ValueError(
+        f"outputs: {path} is to have a quantized output ({spec}), which files for this target do not hold; "
+        "leave it out, or export to onnx-qdq"
+    )
+
+
 def _its_bits(scheme: Scheme, kind: type) -> int:
     del kind
     return scheme.weights.format.bits
@@ -92,6 +102,7 @@ TARGETS: dict[str, Target] = {
         check=_of("onnx", "check"),
         kernel=_of("onnx_nodes", "kernel"),
         width=_of("onnx_nodes", "width"),
+        output=_no_output,
         split=_one_device,
         settle=_as_it_is,
         write=_of("onnx", "write"),
@@ -111,6 +122,7 @@ TARGETS: dict[str, Target] = {
         check=_of("onnx_qdq", "check_all"),
         kernel=_of("onnx_qdq", "kernel"),
         width=_of("onnx_qdq", "width"),
+        output=_of("onnx_qdq", "check_output"),
         split=_one_device,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
@@ -125,6 +137,7 @@ TARGETS: dict[str, Target] = {
         check=_of("compressed_tensors", "check"),
         kernel=_of("compressed_tensors_config", "kernel"),
         width=_its_bits,
+        output=_no_output,
         split=_of("tensor_parallel", "check_split"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
@@ -139,6 +152,7 @@ TARGETS: dict[str, Target] = {
         check=_of("pytorch", "check"),
         kernel=_of("pytorch_modules", "kernel"),
         width=_of("pytorch_modules", "width"),
+        output=_no_output,
         split=_one_device,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
@@ -158,6 +172,7 @@ TARGETS: dict[str, Target] = {
         check=_of("gguf", "check"),
         kernel=_of("gguf_blocks", "kernel"),
         width=_its_bits,
+        output=_no_output,
         split=_one_device,
         settle=_as_it_is,
         write=_of("gguf", "write"),

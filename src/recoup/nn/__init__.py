@@ -1,7 +1,8 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
 `fake_quantizer.py` is one tensor, `modules.py` and `conv.py` the prepared modules (`twin.py` is what they
-have in common), `coded.py` the converted ones, `call.py` how a model is called.
+have in common), `output.py` the output of any module, `coded.py` the converted ones, `call.py` how a model is
+called.
 """
 
 from recoup.nn.call import Batch, call, device_of, evaluating, moved, size_of, without_labels
@@ -27,10 +28,12 @@ from recoup.nn.modules import (
     is_prepared,
     quant_type,
 )
+from recoup.nn.output import OUTPUT, output_quantizer_of, output_quantizers, quantize_output
 from recoup.nn.twin import QuantModule
 
 __all__ = [
     "CODED_MODULES",
+    "OUTPUT",
     "QUANT_MODULES",
     "Batch",
     "CodedConv",
@@ -55,8 +58,11 @@ __all__ = [
     "is_coded",
     "is_prepared",
     "moved",
+    "output_quantizer_of",
+    "output_quantizers",
     "quant_type",
     "quantization_off",
+    "quantize_output",
     "size_of",
     "without_labels",
 ]

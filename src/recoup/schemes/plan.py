@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from recoup.numerics import QuantSpec
 from recoup.schemes.scheme import Scheme
 
 
@@ -16,6 +17,7 @@ class Plan:
         schemes: the schemes in use, by name.
         modules: the name of the scheme of every quantized module.
         kept: the reason for every parameter that stays in float.
+        outputs: the spec of every module whose output is quantized, with a weight or without.
 
     Raises:
         ValueError: a module has a scheme that is not among `schemes`.
@@ -24,6 +26,7 @@ class Plan:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, QuantSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for module, name in self.modules.items():
