@@ -14,8 +14,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from recoup import Recipe, Scheme, calibrate, convert, explain, export, param_groups, prepare, resolve
+from recoup import Recipe, Scheme, calibrate, convert, explain, export, param_groups, prepare, ptq, resolve
 from recoup.export import TARGETS, Parity, ParityError, preflight
 from recoup.nn import FakeQuantizer, output_quantizers, quantization_off
 from recoup.schemes import PRESETS, Plan
@@ -130,6 +131,43 @@ def test_a_forgotten_residual_is_named_with_the_module_that_makes_it(
     assert node in {node.name for node in sums(file)}
     assert line.startswith("Add: no DequantizeLinear before it")
     assert remedy in line
+
+
+def test_a_resnet_of_transformers_has_its_shortcuts_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: Any = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes)).eval()
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32)}
+    fuse(model, batch)
+    recipe = Recipe.model_validate(
+        {
+            "scheme": "w8a8-static", "outputs": ["*.shortcut"],
+            "rules": [{"match": "classifier", "scheme": "w8a8-static"}],
+        }
+    )  # fmt: skip
+    forgetful = copy.deepcopy(model)
+    settle = TARGETS["onnx-qdq"].settle
+    settle(calibrate(prepare(model, resolve(model, recipe)), [batch]))
+    parity = export(model, tmp_path / "out", "onnx-qdq", processor=Nothing())
+    assert parity.falls_back == {}
+    ptq(forgetful, recipe.model_copy(update={"outputs": ()}), [batch], observer="minmax")
+    parity = export(settle(forgetful), tmp_path / "other", "onnx-qdq", processor=Nothing())
+    stage = "resnet.encoder.stages"
+    named = [
+        line.partition("write outputs: ")[2].partition(" (")[0] for line in (parity.falls_back or {}).values()
+    ]
+    assert named == [
+        "[resnet.embedder]",
+        f"[{stage}.0.layers.0]",
+        f"[{stage}.1.layers.0.layer or {stage}.1.layers.0.shortcut]",
+    ]
+
+
+class Nothing:
+    """Takes the place of an image processor."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        assert folder.is_dir()
 
 
 WHERE = {

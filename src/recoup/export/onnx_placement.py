@@ -147,8 +147,9 @@ def _residuals(wires: Wires) -> Iterator[tuple[onnx.NodeProto, str]]:
 
 def _outside(wires: Wires, made: onnx.NodeProto, node: onnx.NodeProto) -> str | None:
     """The largest module that has the first node in it and not the second; None where there is none."""
-    around = wires.scopes(node)
-    return next((scope for scope in wires.scopes(made) if scope not in around), None)
+    around = [f"{scope}." for scope in wires.scopes(node)]
+    scopes = (f"{scope}." for scope in wires.scopes(made))
+    return next((s[:-1] for s in scopes if not any(other.startswith(s) for other in around)), None)
 
 
 def _is_quantized_later(wires: Wires, name: str) -> bool:
