@@ -195,6 +195,9 @@ def no_scales_per_token(first: str) -> Callable[[Scheme], str | None]:
     return refused
 
 
+ORT = ("w8a8-ort", "w8a8-ort-static", "w7a8-ort", "w7a8-ort-static")
+
+
 def no_groups_either(first: str, columns: int) -> Callable[[Scheme], str | None]:
     """What convolutions refuse whose sums are too short for groups."""
 
@@ -202,7 +205,7 @@ def no_groups_either(first: str, columns: int) -> Callable[[Scheme], str | None]
         size = {"nvfp4a16": 16, "nf4": 64}.get(scheme.name, 32)
         if message := no_scales_per_token(first)(scheme):
             return message
-        if scheme.name in ("w8a8-static", "w8a8-ort", "w8a8-ort-static", "fp8-static"):
+        if scheme.name in ("w8a8-static", "fp8-static", *ORT):
             return None
         if scheme.name.endswith("-seq"):
             return None

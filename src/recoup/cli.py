@@ -114,6 +114,26 @@ def validate(recipe: RecipeFile, *, to: RunFolder = None, trust_remote_code: Tru
     return _go(recipe, to, "validate", trust_remote_code)
 
 
+@app.command
+def verify(
+    artefact: Annotated[Path, Parameter(help="A folder that export, or another tool, wrote.")],
+    *,
+    model: Annotated[Path | None, Parameter(help="A folder with the float model, to compare with.")] = None,
+) -> int:
+    """Check an artefact again, from its folder alone: files, codes and scales, modules and outputs.
+
+    Example: recoup verify runs/demo/artefact
+
+    What another tool wrote (compressed-tensors, GPTQ, AWQ, AutoRound, ModelOpt) is decoded, and compared with
+    the float model. Exit codes: 0 it is what was exported, 1 it is not, 2 no artefact, or a damaged one.
+    """
+    from recoup.export import verify as verified
+
+    found = verified(artefact, model=model)
+    print(found)
+    return EXIT_CODES["passed" if found.same else "failed"]
+
+
 def _go(recipe: Path, to: Path | None, part: "Part | None", trust_remote_code: bool) -> int:
     """A run, or a part of it; one that is done only says so."""
     from recoup import Recipe, recover, tasks

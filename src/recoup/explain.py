@@ -98,6 +98,8 @@ def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = No
             matrix = _matrix(model.get_submodule(module))
             bits, scheme = plan[module].bits_per_weight(*matrix.shape), plan.modules[module]
             kernel = (kernels or {}).get(module, "")
+        elif leaf == "bias" and module in plan.modules and plan[module].integer_bias:
+            bits, scheme, reason = 32.0, plan.modules[module], "bias: int32 steps of the products"
         after = round(parameter.numel() * bits / 8)
         rows.append(
             Row(

@@ -43,7 +43,7 @@ def _own() -> list[Scheme]:
 
 NAMES = [
     *("w8a16", "w4a16", "w3a16", "w2a16", "w4a8", "w3a8", "w2a8", "w4a8-ort", "w2a8-ort"),
-    *("w8a8", "w8a8-static", "w8a8-ort", "w8a8-ort-static"),
+    *("w8a8", "w8a8-static", "w8a8-ort", "w8a8-ort-static", "w7a8-ort", "w7a8-ort-static"),
     *("fp8", "fp8-static", "w4afp8"),
     *("w8a16-g16", "w4a16-g16", "w4a16-g64", "w4a16-g128", "w2a16-g16"),
     *("w3a16-g128", "w4a8-g64", "w2a8-g128"),

@@ -160,7 +160,8 @@ def test_what_is_in_a_folder(folders: Callable[[str, bool], Written]) -> None:
     for tied in (False, True):
         found = folders("w4a16", tied)
         assert sorted(path.name for path in found.folder.iterdir()) == [
-            *("config.json", "generation_config.json", "model.safetensors", "parity.json", "tokenizer.json")
+            *("artefact.json", "artefact.safetensors", "config.json", "generation_config.json"),
+            *("model.safetensors", "parity.json", "tokenizer.json"),
         ]
         assert ("lm_head.weight" in found.tensors) == (not tied)
         assert found.tensors["model.embed_tokens.weight"].dtype == torch.float32
@@ -188,8 +189,8 @@ def test_a_damaged_code_is_found(name: str, tmp_path: Path, folders: Callable[[s
         tensors = found.tensors
         stored = f"{path}.{part}" if f"{path}.{part}" in tensors else f"{path}.weight_packed"
         tensors[stored].view(torch.uint8).reshape(-1)[-1] ^= 1
-        what = "scales" if part == "weight_scale" else "codes"
-        with pytest.raises(ParityError, match=rf"up_proj: the {what} read back from the folder differ"):
+        what = "scale" if part == "weight_scale" else "codes"
+        with pytest.raises(ParityError, match=rf"up_proj: the {what} read back from the file differ"):
             verified(found, tensors, tmp_path / part)
 
 
@@ -197,7 +198,7 @@ def verified(found: Written, tensors: dict[str, Tensor], folder: Path) -> Parity
     """The proof again, with other tensors in the folder."""
     shutil.copytree(found.folder, folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return TARGET.verify(found.model, folder, batch())
+    return TARGET.compare(TARGET.trained(found.model, found.folder, batch()), folder)
 
 
 def _without(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -213,9 +214,9 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
     "kept tensor": ("w4a16", _added("model.norm.weight"), "model.norm.weight: transformers does not load it"),
     "bias": ("w4a16", _added("model.layers.0.self_attn.q_proj.bias"), "q_proj.bias: transformers does not"),
     "no scale": ("w4a16", _without(f"{_UP}.weight_scale"), f"scales for other modules than the plan: {_UP}"),
-    "global scale": ("nvfp4", _added(f"{_UP}.weight_global_scale"), f"{_UP}: the weight_global_scale read"),
-    "its input": ("nvfp4", _added(f"{_UP}.input_global_scale"), f"{_UP}: the input_global_scale read"),
-    "static input": ("w8a8-static", _added(f"{_UP}.input_scale"), f"{_UP}: the input_scale read back"),
+    "global scale": ("nvfp4", _added(f"{_UP}.weight_global_scale"), f"{_UP}: the global divisor read"),
+    "its input": ("nvfp4", _added(f"{_UP}.input_global_scale"), f"{_UP}: the input global divisor read"),
+    "static input": ("w8a8-static", _added(f"{_UP}.input_scale"), f"{_UP}: the input scale read back"),
     "no input": ("fp8-static", _without(f"{_UP}.input_scale"), f"{_UP}: input_scale is missing"),
 }  # fmt: skip
 
@@ -246,7 +247,7 @@ def test_a_config_that_quantizes_less_is_found(
     ]
     (tmp_path / "less" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ParityError, match=f"{_UP}: config.json does not say how it is quantized"):
-        TARGET.verify(found.model, tmp_path / "less", batch())
+        TARGET.compare(TARGET.trained(found.model, found.folder, batch()), tmp_path / "less")
 
 
 def test_a_model_that_changed_meanwhile_is_found(

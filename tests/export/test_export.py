@@ -52,7 +52,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         folders.append(folder)
 
     proven = Parity(modules=1, codes=1, scales=1, worst_module=0.0, end_to_end=0.0)
-    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], write=write, verify=lambda *_: proven))
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], write=write, compare=lambda *_: proven))
     return folders
 
 
@@ -134,18 +134,20 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, written: list[
 def test_an_empty_folder_is_filled(tmp_path: Path, written: list[Path]) -> None:
     (tmp_path / "out").mkdir()
     export(small(), tmp_path / "out", "onnx")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "parity.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+    }
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_nothing_is_left_behind_when_the_proof_fails(
     tmp_path: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def verify(model: nn.Module, folder: Path, example: Any) -> Parity:
+    def compare(trained: Any, folder: Path) -> Parity:
         assert (folder / "model.onnx").is_file()
         raise ParityError("layer: no")
 
-    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], verify=verify))
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], compare=compare))
     with pytest.raises(ParityError, match="layer: no"):
         export(small(), tmp_path / "out", "onnx")
     assert written
@@ -189,6 +191,9 @@ def test_a_processor_is_saved_into_the_folder(tmp_path: Path, written: list[Path
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "mine"
 
 
+PROVED = {"model.onnx", "parity.json", "artefact.json", "artefact.safetensors"}
+
+
 def test_a_processor_is_copied_from_the_models_folder(tmp_path: Path, written: list[Path]) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -196,7 +201,7 @@ def test_a_processor_is_copied_from_the_models_folder(tmp_path: Path, written: l
         (source / name).write_text(name)
     export(ptq(Configured(str(source)), "w4a16", [torch.randn(2, 96)]), tmp_path / "out", "onnx")
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"tokenizer.json", "vocab.txt", "config.json", "model.onnx", "parity.json"}
+    assert {"tokenizer.json", "vocab.txt", "config.json"} == found - PROVED
 
 
 def test_a_processor_never_replaces_what_was_written(
@@ -234,7 +239,9 @@ def test_a_model_that_was_not_loaded_takes_nothing_from_the_working_directory(
     Path("tokenizer.json").write_text("of something else")
     with pytest.warns(UserWarning, match="no tokenizer or image processor; pass processor="):
         export(ptq(Configured(), "w4a16", [torch.randn(2, 96)]), "out", "onnx")
-    assert {path.name for path in Path("out").iterdir()} == {"model.onnx", "parity.json"}
+    assert {path.name for path in Path("out").iterdir()} == {
+        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+    }
 
 
 def test_converted_before_or_by_export_the_stored_tensors_are_the_same(

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from recoup import convert, export
 from recoup.engines import llama_cpp
 from recoup.export import ParityError
+from recoup.export.answers import answers
 from recoup.nn import CodedEmbedding, CodedLinear, Codes
 from recoup.numerics import dequantize
 
 from .gguf_models import MODELS, NAMES, TARGET, WORDS, Written, batch, quantized, small, whole, written
 
 writer = importlib.import_module("recoup.export.gguf")
-parity = importlib.import_module("recoup.export.gguf_parity")
+common = importlib.import_module("recoup.export.answers")
 pytestmark = pytest.mark.filterwarnings("ignore:the artefact has no tokenizer")
 
 
@@ -99,7 +100,8 @@ def test_llama_cpp_finds_the_words_that_were_trained(
         outputs = engine(**other).logits
         assert outputs.shape == found.model(**other).logits.shape
         # Raises where rounding does not explain the difference.
-        parity.end_to_end(Logits(found.model), {"": outputs}, other, engine="llama.cpp", lattices=2)
+        whole, _ = answers(Logits(found.model), other, lattices=2)
+        whole.agree({"logits": outputs}, engine="llama.cpp")
 
 
 class Logits(nn.Module):
@@ -250,10 +252,10 @@ def _bias(model: nn.Module, path: str) -> None:
 
 DAMAGES: dict[str, tuple[str, Callable[[nn.Module, str], None], str, str]] = {
     **{f"code of {name}": (name, _code, _UP, r"the codes .* at \(3, 5\)") for name in NAMES},
-    **{f"scale of {name}": (name, _scale, _UP, r"the scales .* at \(2, 1\)") for name in ("q8_0", "q4_0")},
-    "exponent": ("mxfp4-gguf", _scale, _UP, r"the scales .* at \(2, 1\)"),
+    **{f"scale of {name}": (name, _scale, _UP, r"the scale .* at \(2, 1\)") for name in ("q8_0", "q4_0")},
+    "exponent": ("mxfp4-gguf", _scale, _UP, r"the scale .* at \(2, 1\)"),
     "code of a query": ("q4_0", _code, _QUERY, r"the codes .* at \(3, 5\)"),
-    "offset": ("q4_1", _offset, _UP, r"the offsets .* at \(0, 0\)"),
+    "offset": ("q4_1", _offset, _UP, r"the offset .* at \(0, 0\)"),
     "bias of a query": ("q4_0", _bias, _QUERY, "the file does not have it as the model does"),
 }  # fmt: skip
 
@@ -290,8 +292,8 @@ def test_a_file_that_llama_cpp_runs_in_another_way_is_found(
         return (1.2 * original(server, ids, words=words)).log_softmax(dim=-1)
 
     monkeypatch.setattr(llama_cpp.Server, "log_probabilities", scaled)
-    if which == "end to end":
-        monkeypatch.setattr(parity, "divergence", lambda *_, **__: (0.0, 1.0))
+    if which == "words":
+        monkeypatch.setattr(common, "relative_rms", lambda *_: 0.0)
     message = "the outputs differ from" if which == "end to end" else r"the next words are .* nats from"
     with pytest.raises(ParityError, match=f"in llama.cpp {message}"):
         TARGET.verify(found.model, found.folder, batch())

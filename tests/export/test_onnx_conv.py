@@ -1,6 +1,5 @@
 """Convolutions of every kind and scheme: the bytes hold what was trained, and the engine computes it."""
 
-import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 
 from recoup import Recipe, export, prepare, resolve
 from recoup.engines.onnxruntime import OnnxModel
-from recoup.export import ParityError, preflight
-from recoup.nn import CodedConv
+from recoup.export import TARGETS, ParityError, preflight
+from recoup.nn import CodedConv, seen_bias
 from recoup.numerics import IntFormat
 from recoup.schemes import PRESETS, Scheme
 
 from .conftest import Exported, exported, ready
 
-parity = importlib.import_module("recoup.export.onnx_parity")  # `recoup.export` is the function
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 U = 2.0**-24  # half an ulp of float32
@@ -52,7 +50,8 @@ def _schemes() -> dict[str, Scheme]:
     channels = PRESETS["w8a8-static"].weights
     inputs = PRESETS["w8a8-ort-static"].inputs
     assert inputs is not None
-    return {name: PRESETS[name] for name in ("w8a8-static", "w8a8-ort", "w8a8-ort-static")} | {
+    names = ("w8a8-static", "w8a8-ort", "w8a8-ort-static", "w7a8-ort-static")
+    return {name: PRESETS[name] for name in names} | {
         scheme.name: scheme
         for scheme in (
             Scheme(name="w8a16-channels", weights=channels),
@@ -131,7 +130,8 @@ def bound(model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
     twin = CONVOLUTIONS[path.partition(".")[2]]().double()
     with torch.no_grad():
         seen, weight = layer.input_quantizer(x).double(), layer.weight_quantizer(layer.weight).double()
-        bias = None if layer.bias is None else layer.bias.double()
+        bias = seen_bias(layer)
+        bias = None if bias is None else bias.double()
         state = {"weight": weight} | ({} if bias is None else {"bias": bias})
         twin.load_state_dict(state)
         value = twin(seen)
@@ -245,7 +245,7 @@ def test_a_whole_network_runs_at_any_batch_size(blocks: Exported, batch: int) ->
     x = torch.randn(batch, 3, 15, 15)
     with torch.no_grad():
         assert OnnxModel(blocks.folder)(x).shape == blocks.converted(x).shape
-    assert parity.verify(blocks.converted, blocks.folder, x).modules == 5
+    assert TARGETS["onnx"].verify(blocks.converted, blocks.folder, x).modules == 5
 
 
 def edited(name: str, edit: Callable[[np.ndarray], np.ndarray]) -> Callable[[onnx.ModelProto], None]:
@@ -286,7 +286,7 @@ def test_a_damaged_file_is_caught(
     damage(file := onnx.load(copied / "model.onnx"))
     onnx.save(file, copied / "model.onnx")
     with pytest.raises(ParityError) as error:
-        parity.verify(blocks.converted, copied, torch.randn(3, 3, 15, 15))
+        TARGETS["onnx"].verify(blocks.converted, copied, torch.randn(3, 3, 15, 15))
     assert message in str(error.value)
 
 

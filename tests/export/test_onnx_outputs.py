@@ -3,6 +3,7 @@
 import copy
 import importlib
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,25 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from recoup import Recipe, Scheme, calibrate, convert, explain, export, param_groups, prepare, ptq, resolve
-from recoup.export import TARGETS, Parity, ParityError, preflight
+from recoup import (
+    Recipe,
+    Scheme,
+    calibrate,
+    convert,
+    explain,
+    export,
+    param_groups,
+    prepare,
+    ptq,
+    resolve,
+)
+from recoup.export import TARGETS, Parity, ParityError, preflight, verify
 from recoup.nn import FakeQuantizer, output_quantizers, quantization_off
 from recoup.schemes import PRESETS, Plan
 from recoup.transforms import fuse
 
-verify = importlib.import_module("recoup.export.onnx_qdq_parity").verify
+compare = importlib.import_module("recoup.export.onnx_qdq_parity").compare
+trained = importlib.import_module("recoup.export.onnx_parity").trained
 # What went around a block: from the ReLU of the stem, from a block, and through a projection.
 RESIDUALS = ("stem.1", "blocks.0", "blocks.1.shortcut")
 
@@ -322,7 +335,7 @@ def no_pair(file: onnx.ModelProto) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "another scale": (another_scale, r"blocks\.1\.shortcut.*: the scale read back from the file"),
-    "no pair": (no_pair, r"quantizes other outputs than the plan: \['blocks\.1\.shortcut"),
+    "no pair": (no_pair, r"the outputs of other modules than the plan: blocks\.1\.shortcut"),
 }
 
 
@@ -339,7 +352,22 @@ def test_an_output_that_is_not_as_it_was_trained_is_found(
     damage(other)
     onnx.save(other, tmp_path / "model.onnx")
     with pytest.raises(ParityError, match=message):
-        verify(convert(copy.deepcopy(model)).eval(), tmp_path, images())
+        compare(trained(convert(copy.deepcopy(model)).eval(), tmp_path, images()), tmp_path)
+
+
+def test_a_folder_is_verified_with_its_outputs(
+    resnet: tuple[Path, onnx.ModelProto, Parity, nn.Module], tmp_path: Path
+) -> None:
+    folder = resnet[0]
+    assert [(check.what, check.outcome) for check in verify(folder).checks] == [
+        (what, "same") for what in ("files", "codes", "modules", "outputs")
+    ]
+    shutil.copytree(folder, tmp_path / "other")
+    file = onnx.load(tmp_path / "other" / "model.onnx")
+    another_scale(file)
+    onnx.save(file, tmp_path / "other" / "model.onnx")
+    found = [check.found for check in verify(tmp_path / "other").checks if check.outcome == "different"]
+    assert any("blocks.1.shortcut.output_quantizer: the scale read back" in line for line in found)
 
 
 def test_every_quantizer_is_calibrated_with_the_others() -> None:

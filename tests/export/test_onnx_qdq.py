@@ -22,7 +22,6 @@ from recoup.schemes import PRESETS, preset
 from .conftest import Exported, ready
 
 qdq = importlib.import_module("recoup.export.onnx_qdq")  # `recoup.export` is the function
-proof = importlib.import_module("recoup.export.onnx_qdq_parity")
 
 U = 2.0**-24  # half an ulp of float32
 WIDTH, FEATURES, WORDS = 256, 32, 6
@@ -275,7 +274,7 @@ def test_a_damaged_file_is_caught(
         one_bit(file, name)
     onnx.save(file, tmp_path / "model.onnx")
     with pytest.raises(ParityError) as error:
-        proof.verify(model, tmp_path, x)
+        TARGETS["onnx-qdq"].verify(model, tmp_path, x)
     assert message in str(error.value)
 
 
@@ -287,7 +286,7 @@ def test_a_file_that_is_no_valid_onnx_is_caught(
     next(node for node in file.graph.node if node.op_type == "MatMul").op_type = "MatMull"
     onnx.save(file, tmp_path / "model.onnx")
     with pytest.raises(ParityError, match="the file is no valid ONNX"):
-        proof.verify(model, tmp_path, x)
+        TARGETS["onnx-qdq"].verify(model, tmp_path, x)
 
 
 def test_e8m0_scales_of_inputs_are_rounded_up_as_rceil_does() -> None:

@@ -51,7 +51,7 @@ def install(patch: pytest.MonkeyPatch, **milliseconds: float) -> None:
         replace(
             TARGETS["onnx"],
             write=write,
-            verify=lambda *_: Parity(modules=2, codes=1, scales=1, worst_module=0.0, end_to_end=0.0),
+            compare=lambda *_: Parity(modules=2, codes=1, scales=1, worst_module=0.0, end_to_end=0.0),
             load=lambda folder: torch.load(folder / "model.pt", weights_only=False),
             costs=costs("onnx"),
         ),

@@ -20,6 +20,7 @@ from recoup.nn import (
     QuantConv2d,
     quant_type,
     quantization_off,
+    seen_bias,
 )
 from recoup.numerics import dequantize, extrema, quantize
 from recoup.schemes import PRESETS, Scheme
@@ -132,7 +133,7 @@ def test_every_scheme_with_one_input_scale_is_the_equation(axes: int, scheme: Sc
     module, x = kind(WIDTH, WIDTH, 1), torch.randn(2, WIDTH, *(3,) * axes)
     prepared = seen(twin.from_float(module, scheme, "layer"), x)
     inputs = x if scheme.inputs is None else on_lattice(x, prepared.input_quantizer)
-    expected = convolution(inputs, on_lattice(module.weight, prepared.weight_quantizer), module.bias)
+    expected = convolution(inputs, on_lattice(module.weight, prepared.weight_quantizer), seen_bias(prepared))
     y = prepared(x)
     assert torch.equal(y, expected)
     assert torch.equal(coded_kind(prepared)(x), y)

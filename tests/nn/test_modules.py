@@ -19,6 +19,7 @@ from recoup.nn import (
     is_prepared,
     quant_type,
     quantization_off,
+    seen_bias,
     size_of,
 )
 from recoup.numerics import dequantize, extrema, qparams_of, quantize
@@ -65,7 +66,7 @@ def test_linear_is_the_equation(scheme: Scheme, shape: tuple[int, ...], bias: bo
     x = torch.randn(shape)
     module = seen(linear(scheme, bias), x)
     inputs = x if scheme.inputs is None else on_lattice(module.input_quantizer, x)
-    expected = F.linear(inputs, on_lattice(module.weight_quantizer, module.weight), module.bias)
+    expected = F.linear(inputs, on_lattice(module.weight_quantizer, module.weight), seen_bias(module))
     assert torch.equal(module(x), expected)
     assert not torch.equal(module(x), F.linear(x, module.weight, module.bias))
 
@@ -224,7 +225,7 @@ def test_learned_state_comes_back(scheme: Scheme) -> None:
     assert torch.equal(other(x), module(x))
     names = {name for name, _ in module.weight_quantizer.named_parameters()}
     assert names == {"scale"} | ({"offset"} if not scheme.weights.symmetric else set())
-    codes = Codes(module)
+    codes = Codes.of(module)
     assert torch.equal(codes.decode(), module.weight_quantizer(module.weight))
     if codes.zero_point is not None:
         assert codes.zero_point.dtype == torch.int32

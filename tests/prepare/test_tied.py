@@ -27,7 +27,8 @@ def both(scheme: Scheme, words: str, head: str) -> list[tuple[str, Scheme]]:
     """Rules for a head with the scheme's inputs, and an embedding with the same weights."""
     if scheme.weights.granularity.rows not in (None, 1):
         scheme = PRESETS["w4a8"]  # 16 words are no tile of 128
-    return [(head, scheme), (words, replace(scheme, name=f"{scheme.name}-words", inputs=None))]
+    table = replace(scheme, name=f"{scheme.name}-words", inputs=None, integer_bias=False)
+    return [(head, scheme), (words, table)]
 
 
 def prepared(build: Callable[[], nn.Module], rules: list[tuple[str, Any]], **fields: Any) -> nn.Module:

@@ -28,7 +28,10 @@ from recoup.numerics import (
 from recoup.schemes import PRESETS, preset
 from tests.models import name_of
 
-INTEGER = "w8a16 w4a16 w4a8 w3a16 w3a8 w2a16 w2a8 w4a8-ort w2a8-ort w8a8 w8a8-static w8a8-ort w8a8-ort-static"
+INTEGER = (
+    "w8a16 w4a16 w4a8 w3a16 w3a8 w2a16 w2a8 w4a8-ort w2a8-ort w8a8 w8a8-static w8a8-ort w8a8-ort-static "
+    "w7a8-ort w7a8-ort-static"
+)
 FLOAT = (
     "fp8 fp8-static fp8-block w4afp8 mxfp8 mxfp6 mxfp4 mxfp4a16 mxint8 nvfp4 nvfp4a16 nvfp4-2d nvfp4-4over6"
 )

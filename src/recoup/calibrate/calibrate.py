@@ -16,6 +16,7 @@ from recoup.nn import (
     device_of,
     evaluating,
     is_prepared,
+    make_room,
     moved,
     quantization_off,
     size_of,
@@ -92,6 +93,9 @@ def calibrate(
         except ValueError as error:
             raise ValueError(f"{quantizer.path}: {error}") from None
         quantizer.set_range(*found_range)
+    for module in model.modules():
+        if is_prepared(module) and module.scheme.integer_bias:
+            make_room(module)
     return model
 
 

@@ -60,6 +60,7 @@ class StandardOnnx(OnnxModel):
 
             self.session = ReferenceEvaluator(onnx.load(file))
             self.engine = NO_ENGINE
+        self.presents = {}  # such files are written for whole sequences
         stored = {tensor.name for tensor in graph.graph.initializer}
         self.inputs = [value.name for value in graph.graph.input if value.name not in stored]
         names = [value.name for value in graph.graph.output]

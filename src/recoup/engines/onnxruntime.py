@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.engines.onnx_file import check_onnx
+from recoup.engines.onnxruntime_decoding import Decoder, empty_pasts, presents_of, whole
 from recoup.engines.outputs import Outputs
 from recoup.nn import Batch
 
@@ -22,6 +23,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 class OnnxModel(nn.Module):
     """A file in an onnxruntime session on the CPU. Call it with what the float model was called with.
+
+    A file that decodes is then given an empty past, and answers without its presents. `presents` names those
+    by the input that each becomes in the next step; it is empty for any other file.
 
     Args:
         path: model.onnx, or the folder around it.
@@ -49,6 +53,7 @@ class OnnxModel(nn.Module):
                 str(file), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
             self.inputs = [value.name for value in self.session.get_inputs()]
+            self.presents = presents_of(self.session)
             names = [value.name for value in self.session.get_outputs()]
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.outputs: list[str] = json.loads(metadata[OUTPUTS]) if OUTPUTS in metadata else names
@@ -63,10 +68,48 @@ class OnnxModel(nn.Module):
             ValueError: an input is missing, or is none of the file's.
         """
         feeds = self.feeds(*args, **kwargs)
-        results = [torch.from_numpy(np.array(value)) for value in self.session.run(None, feeds)]
+        names = [name for name in self.outputs if name not in self.presents.values()]
+        asked = names if self.presents else None  # by its own names, which others than decoders may not have
+        results = [torch.from_numpy(np.array(value)) for value in self.session.run(asked, feeds)]
         if self.outputs == [""]:
             return results[0]
-        return Outputs(zip(self.outputs, results, strict=True))
+        return Outputs(zip(names, results, strict=True))
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int
+    ) -> Tensor:
+        """The most likely words, one after the other; none ends a sequence early.
+
+        Args:
+            input_ids: the prompts (samples, tokens); shorter ones are padded on the left.
+            attention_mask: 0 where they are; all ones by default.
+            max_new_tokens: of every sample.
+
+        Returns:
+            The new tokens (samples, max_new_tokens).
+
+        Raises:
+            ValueError: the file does not decode.
+        """
+        decoder, tokens = self.decoder(), list[Tensor]()
+        read, mask = input_ids, attention_mask
+        for _ in range(max_new_tokens):
+            tokens.append(decoder.read(read, mask).argmax(dim=-1))
+            read, mask = tokens[-1][:, None], None
+        return torch.stack(tokens, dim=1)
+
+    def decoder(self) -> Decoder:
+        """A batch of sequences that nothing is read of yet.
+
+        Raises:
+            ValueError: the file does not decode.
+        """
+        if not self.presents:
+            raise ValueError(
+                "the file has no past_key_values, so it does not decode; export a transformers model whose "
+                "generation_config.use_cache is not False, to the target onnx"
+            )
+        return Decoder(self.session, self.presents)
 
     def feeds(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """The arguments of a call as the session takes them.
@@ -77,6 +120,9 @@ class OnnxModel(nn.Module):
         named = dict(zip(self.inputs, args, strict=False)) | {
             k: v for k, v in kwargs.items() if v is not None
         }
+        if self.presents and "input_ids" in named:
+            assumed = whole(named["input_ids"]) | empty_pasts(self.session, len(named["input_ids"]))
+            named = {name: assumed[name] for name in self.inputs if name in assumed} | named
         if set(named) != set(self.inputs) or len(args) > len(self.inputs):
             raise ValueError(f"the file's inputs are {', '.join(self.inputs)}; given {', '.join(named)}")
         return {

@@ -6,7 +6,7 @@ alone, and not a line of the library that packed them.
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,73 @@ from recoup.engines.safetensors_file import read_safetensors
 from recoup.engines.transformers import load
 from recoup.export import compressed_tensors as writer
 from recoup.export import compressed_tensors_config as schema
-from recoup.export.parity import Parity, ParityError, divergence, end_to_end
-from recoup.nn import Batch, CodedLinear, Codes, FakeQuantizer, call, size_of
+from recoup.export.answers import answers
+from recoup.export.parity import Array, Parity, ParityError
+from recoup.export.trained import (
+    Layer,
+    Stored,
+    Trained,
+    check_modules,
+    check_stored,
+    coded,
+    tensors_of,
+)
+from recoup.nn import Batch, CodedLinear, CodedModule, Codes, FakeQuantizer, call, cut
 from recoup.numerics import IntFormat, dequantize
 
-Array = np.ndarray[Any, np.dtype[Any]]
 _TINY = torch.finfo(torch.float32).tiny
 _BFLOAT16 = 2.0**-8  # its unit roundoff
 _LATTICES = 2  # the library derives dynamic scales of inputs by rules of its own
+_OTHERS: dict[str, tuple[str, tuple[int, ...]]] = {  # the names here: those of the file, and the shape here
+    "global_divisor": ("weight_global_scale", ()),
+    "input_global_divisor": ("input_global_scale", ()),
+    "input_scale": ("input_scale", (1, 1)),
+}
 
 
 @torch.no_grad()
-def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    """Compare a folder with the converted model it was written from.
+def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
+    """What a folder is compared with, from the converted model that it was written from."""
+    example = cut(example, 1)
+    modules, places = coded(model)
+    roundoff = max(map(_roundoff, modules.values()), default=0.0)
+    reference = _as_stored(model, load(folder))
+    answered, recorded = answers(reference, example, lattices=_LATTICES, weight_roundoff=roundoff)
+    return Trained(
+        modules=modules,
+        places=places,
+        example=example,
+        answers=answered,
+        recorded=recorded,
+        kept=writer.kept(model),
+    )
+
+
+def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
+    """Codes and all scales of every quantized module, from the bytes and config.json.
+
+    Raises:
+        ParityError: the folder quantizes other modules, or config.json does not say how.
+    """
+    tensors = read_tensors(folder)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+    check_modules("the folder has scales for", scaled, layers)
+    found: dict[str, Stored] = {}
+    for path in layers:
+        codes, scale = read_codes(path, tensors, config)
+        others = {
+            name: tensors[f"{path}.{tensor}"].numpy().reshape(shape)
+            for name, (tensor, shape) in _OTHERS.items()
+            if f"{path}.{tensor}" in tensors
+        }
+        found[path] = {"codes": codes, "scale": scale, **others}
+    return found
+
+
+@torch.no_grad()
+def compare(trained: Trained, folder: Path) -> Parity:
+    """Compare a folder with what was trained.
 
     Every code and scale in the bytes equals the trained one, and the folder quantizes these modules and no
     others. Loaded by transformers, every kept tensor is the model's, every decompressed weight is what its
@@ -40,48 +94,26 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     Raises:
         ParityError: one of these does not hold; names it.
     """
-    example = _first(example)
-    coded = {path: module for path, module in model.named_modules() if isinstance(module, CodedLinear)}
-    tensors = read_tensors(folder)
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    scaled = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
-    _same_modules("the folder has scales for", scaled, coded)
-    codes = scales = 0
-    for path, module in coded.items():
-        values, scale = read_codes(path, tensors, config)
-        _equal(path, "codes", values, module.weight.codes)
-        _equal(path, "scales", scale, module.weight.scale)
-        _same_other_scales(path, module, tensors)
-        codes, scales = codes + values.size, scales + scale.size
-
+    found = stored(folder, trained.layers)
+    codes, scales = check_stored(trained.modules, found)
+    for path, module in trained.modules.items():
+        for name in ("global_divisor", "input_global_divisor", "input_scale"):
+            if name in tensors_of(module) and name not in found[path]:
+                raise ParityError(f"{path}: {_OTHERS[name][0]} is missing")
     engine = load(folder)
-    described = [name for name, module in engine.named_modules() if hasattr(module, "quantization_scheme")]
-    _same_modules("transformers, reading config.json, quantizes", described, coded)
-    _same_dense_tensors(model, coded, engine)
-    outputs, worst = _compared(coded, engine, example)
-    reference, roundoff = _as_stored(model, engine), max(map(_roundoff, coded.values()))
-    drift = end_to_end(
-        reference, outputs, example, engine="transformers", lattices=_LATTICES, weight_roundoff=roundoff
-    )
-    nats = same = None
-    if _speaks(model):
-        words = outputs.logits.log_softmax(dim=-1)
-        nats, same = divergence(
-            _Words(reference),
-            words,
-            example,
-            engine="transformers",
-            lattices=_LATTICES,
-            weight_roundoff=roundoff,
-        )
+    described = {name for name, module in engine.named_modules() if hasattr(module, "quantization_scheme")}
+    check_modules("transformers, reading config.json, quantizes", described, trained.modules)
+    _same_dense_tensors(trained, engine)
+    outputs, worst = _compared(trained, engine)
+    agreement = trained.answers.agree(outputs, "transformers")
     return Parity(
-        modules=len(coded),
+        modules=len(trained.modules),
         codes=codes,
         scales=scales,
         worst_module=worst,
-        end_to_end=drift,
-        divergence=nats,
-        same_word=same,
+        end_to_end=agreement.drift,
+        divergence=agreement.nats,
+        same_word=agreement.same_word,
     )
 
 
@@ -134,51 +166,13 @@ def _integers(words: Array, bits: int, shape: tuple[int, int]) -> Array:
     return (fields << np.arange(bits, dtype=np.int16)).sum(axis=2) - 2 ** (bits - 1)
 
 
-def _same_modules(what: str, found: Iterable[str], coded: Mapping[str, CodedLinear]) -> None:
-    if different := sorted(set(found) ^ set(coded)):
-        raise ParityError(
-            f"{what} other modules than the plan: {', '.join(different[:3])}"
-            + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-        )
-
-
-def _equal(path: str, what: str, found: Array, trained: Tensor) -> None:
-    expected = trained.cpu().numpy()
-    if found.shape != expected.shape or not np.array_equal(found, expected):
-        place = np.argwhere(found != expected) if found.shape == expected.shape else []
-        where = tuple(map(int, place[0])) if len(place) else "its shape"
-        raise ParityError(
-            f"{path}: the {what} read back from the folder differ from the trained ones at {where}"
-        )
-
-
-def _same_other_scales(path: str, module: CodedLinear, tensors: Mapping[str, Tensor]) -> None:
-    """Those of whole tensors: global scales, as divisors, and the scale of static inputs."""
-    inputs = module.input_quantizer if isinstance(module.input_quantizer, FakeQuantizer) else None
-    trained = {
-        "weight_global_scale": _reciprocal(module.weight.global_scale),
-        "input_global_scale": _reciprocal(inputs.global_scale) if inputs else None,
-        "input_scale": inputs.stored_qparams.scale if inputs and inputs.scale is not None else None,
-    }
-    for name, expected in trained.items():
-        found = tensors.get(f"{path}.{name}")
-        if (found is None) != (expected is None):
-            raise ParityError(f"{path}: {name} is {'missing' if found is None else 'not of this scheme'}")
-        if found is not None and expected is not None:
-            _equal(path, name, found.numpy(), expected.reshape(1))
-
-
-def _reciprocal(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else 1 / scale
-
-
-def _same_dense_tensors(model: nn.Module, coded: Mapping[str, CodedLinear], engine: nn.Module) -> None:
+def _same_dense_tensors(trained: Trained, engine: nn.Module) -> None:
     """What transformers holds after decompressing: kept tensors bit for bit, weights as their codes say."""
     loaded = engine.state_dict()
-    for name, tensor in writer.kept(model).items():
+    for name, tensor in (trained.kept or {}).items():
         if name not in loaded or not torch.equal(loaded[name], tensor.to(loaded[name].dtype)):
             raise ParityError(f"{name}: transformers does not load it as it was trained")
-    for path, module in coded.items():
+    for path, module in trained.modules.items():
         expected, found = _dense(module), loaded[f"{path}.weight"]
         slack = (_roundoff(module) + 4 * 2**-24 * (_roundoff(module) > 0)) * expected.abs()
         if found.shape != expected.shape or ((found - expected).abs() > slack).any():
@@ -187,22 +181,22 @@ def _same_dense_tensors(model: nn.Module, coded: Mapping[str, CodedLinear], engi
             )
 
 
-def _dense(module: CodedLinear) -> Tensor:
+def _dense(module: CodedModule) -> Tensor:
     return dequantize(module.weight.codes, module.weight.qparams, module.weight.spec)
 
 
-def _roundoff(module: CodedLinear) -> float:
+def _roundoff(module: CodedModule) -> float:
     """Of the decompressed weight: E2M1 times two scales is rounded to bfloat16, all others are exact."""
     return 0.0 if module.weight.global_scale is None else _BFLOAT16
 
 
-def _compared(coded: Mapping[str, CodedLinear], engine: nn.Module, example: Batch) -> tuple[Any, float]:
+def _compared(trained: Trained, engine: nn.Module) -> tuple[Any, float]:
     """The engine's outputs, and the largest difference of a module from the trained one, by its bound."""
     worst = 0.0
 
     def compare(path: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal worst
-        expected, bound = _expected(coded[path], inputs[0])
+        expected, bound = _expected(trained.modules[path], inputs[0])
         share = float(((output.double() - expected).abs() / bound).max())
         if not share <= 1:
             raise ParityError(
@@ -213,21 +207,22 @@ def _compared(coded: Mapping[str, CodedLinear], engine: nn.Module, example: Batc
     def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
         return lambda _, inputs, output: compare(path, inputs, output)
 
-    handles = [engine.get_submodule(path).register_forward_hook(hook(path)) for path in coded]
+    handles = [engine.get_submodule(path).register_forward_hook(hook(path)) for path in trained.modules]
     try:
-        return call(engine, example), worst
+        return call(engine, trained.example), worst
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _expected(module: CodedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+def _expected(module: CodedModule, x: Tensor) -> tuple[Tensor, Tensor]:
     """A module's output in float64, and how far transformers may be from it.
 
     With u = 2^-24, K products and one bias: a sum of K + 1 float32 terms in any order is off by at most
     (K + 1) u times the sum of magnitudes (Higham 2002, section 4.2); scaling adds a few more roundings, and
     weights that were rounded to bfloat16 add theirs. Each input may be off by what `_input_slack` says.
     """
+    assert isinstance(module, CodedLinear)
     weight, seen = _dense(module), module.input_quantizer(x)
     bias = torch.zeros(()) if module.bias is None else module.bias.float()
     roundoff = (module.in_features + 8) * 2**-24 + _roundoff(module)
@@ -253,25 +248,6 @@ def _input_slack(quantizer: nn.Module, x: Tensor) -> Tensor:
     return 1.5 * torch.maximum(quantizer(x).abs() * relative, step * grid.floor)
 
 
-def _speaks(model: nn.Module) -> bool:
-    """A causal language model: its logits are of next words."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
-class _Words(nn.Module):
-    """What a language model says of the next word: log-probabilities (samples, tokens, words)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the model is called."""
-        return self.model(*args, **kwargs).logits.log_softmax(dim=-1)
-
-
 def _as_stored(model: nn.Module, engine: nn.Module) -> nn.Module:
     """A copy that computes in float32 and whose kept tensors are as the folder has them."""
     copied = copy.deepcopy(model).float()
@@ -286,16 +262,3 @@ def _as_stored(model: nn.Module, engine: nn.Module) -> nn.Module:
         if name in computed and name not in kept:
             buffer.copy_(computed[name])
     return copied
-
-
-def _first(batch: Batch) -> Batch:
-    """One sample is enough to compare with."""
-    size = size_of(batch)
-
-    def one(value: Any) -> Any:
-        whole = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
-        return value[:1] if whole else value
-
-    if isinstance(batch, Mapping):
-        return {name: one(value) for name, value in batch.items()}
-    return one(batch) if isinstance(batch, Tensor) else tuple(map(one, batch))

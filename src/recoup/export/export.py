@@ -5,23 +5,35 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from recoup.convert import convert
+from recoup.export import artefact
 from recoup.export.fields import too_wide
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
-from recoup.nn import CODED_MODULES, Batch, is_coded, is_prepared, moved, output_quantizers, quant_type
+from recoup.nn import (
+    CODED_MODULES,
+    Batch,
+    cut,
+    is_coded,
+    is_prepared,
+    moved,
+    output_quantizers,
+    quant_type,
+    size_of,
+)
 from recoup.schemes import Plan, Scheme
 
 PARITY_FILE = "parity.json"
+_RECORDED_BYTES = 2**22  # of the batch
 _PROCESSOR_FILES = (
     "tokenizer*",
     "vocab*",
@@ -95,11 +107,12 @@ def export(
             or "gguf", a file for llama.cpp.
         processor: a tokenizer or image processor to `save_pretrained` into the folder; by default copied
             from the model's own folder where it has one.
-        example: one batch, to trace and compare with; by default the first that `calibrate` saw, or the
-            `dummy_inputs` of a transformers model.
+        example: one batch, to trace and compare with, cut to the samples that fit into 4 MiB; by default the
+            first that `calibrate` saw, or the `dummy_inputs` of a transformers model.
 
     Returns:
-        What was compared, and how close it is; also in the folder, as parity.json.
+        What was compared, and how close it is; also in the folder, as parity.json. What `verify` compares
+        it with later is in artefact.json and artefact.safetensors.
 
     Raises:
         ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
@@ -112,6 +125,7 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not empty; choose another folder, or remove it")
     example = moved(_example(model) if example is None else example, torch.device("cpu"))
+    example = cut(example, _samples(example))
     with torch.no_grad():
         coded = converted_copy(model)
     writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
@@ -126,7 +140,9 @@ def export(
         unproven.mkdir()
         complete = _add_processor(model, unproven, processor)
         writer.write(coded, unproven, example)
-        parity = writer.verify(coded, unproven, example)
+        trained = writer.trained(coded, unproven, example)
+        parity = writer.compare(trained, unproven)
+        artefact.write(unproven, target, trained)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()
@@ -174,6 +190,19 @@ def _example(model: nn.Module) -> Batch:
     raise ValueError(
         "export traces the model with a batch and has none; pass example=batch, or calibrate first"
     )
+
+
+def _samples(example: Batch) -> int:
+    """How many samples of a batch fit into a folder; two at least, to trace with."""
+    values = (
+        example.values()
+        if isinstance(example, Mapping)
+        else (example,)
+        if isinstance(example, Tensor)
+        else example
+    )
+    size = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return max(2, _RECORDED_BYTES * size_of(example) // max(size, 1))
 
 
 def _add_processor(model: nn.Module, folder: Path, processor: Any) -> bool:

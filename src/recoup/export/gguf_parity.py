@@ -6,7 +6,7 @@ whole model by the probabilities of the next word after every prefix of one sequ
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from recoup.export import gguf as writer
 from recoup.export import gguf_architectures as architectures
 from recoup.export import gguf_blocks as blocks
 from recoup.export import gguf_vocabulary as vocabulary
-from recoup.export.parity import Parity, ParityError, divergence, end_to_end
+from recoup.export.answers import WORDS, answers
+from recoup.export.parity import Array, Parity, ParityError
+from recoup.export.trained import Layer, Stored, Trained, check_stored, coded
 from recoup.nn import Batch, CodedLinear, Codes
 
-Array = np.ndarray[Any, np.dtype[Any]]
+_FLOATS = ("F32", "F16", "BF16")
 _LEAST = -80.0  # llama.cpp takes the logarithm of a float32 probability, which ends at exp(-87)
 # ggml decides a code of an input with the scale before that is rounded to float16, recoup with the one after;
 # near the middle of two codes they part.
@@ -40,8 +42,48 @@ LEADING = "  spaces first"
 
 
 @torch.no_grad()
-def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    """Compare a file with the converted model it was written from.
+def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
+    """What folder/model.gguf is compared with, from the converted model: its words after every prefix."""
+    del folder
+    held, places = writer.coded_modules(model), coded(model)[1]
+    batch = {"input_ids": torch.tensor([_sequence(example)])}
+    answered, recorded = answers(_Words(_computing(model)), batch, lattices=_LATTICES)
+    return Trained(
+        modules=held,
+        places={place: path for place, path in places.items() if path in held},
+        example=batch,
+        answers=answered,
+        recorded=recorded,
+        kept=writer.kept(model),
+    )
+
+
+def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
+    """Codes, scales and offsets of every quantized module, by the model's order of rows, from the bytes.
+
+    Raises:
+        ParityError: other tensors are in blocks, or in blocks of another type.
+    """
+    reader = llama_cpp.read(folder)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = _names(reader, [f"{path}.weight" for path in layers])
+    kinds = {
+        names[f"{path}.weight"]: blocks.block_type(layer.scheme, inputs=issubclass(layer.kind, CodedLinear))
+        for path, layer in layers.items()
+    }
+    for name, tensor in tensors.items():
+        kind = tensor.tensor_type.name
+        if kind != kinds.get(name, kind if kind in _FLOATS else "float"):
+            raise ParityError(f"{name}: the file has it as {kind}, the plan as {kinds.get(name, 'float')}")
+    return {
+        path: read_block(_tensor(tensors, names[f"{path}.weight"]), _heads(reader, f"{path}.weight"))
+        for path in layers
+    }
+
+
+@torch.no_grad()
+def compare(trained: Trained, folder: Path) -> Parity:
+    """Compare folder/model.gguf with what was trained.
 
     Every code, scale and offset in the bytes equals the trained one; these tensors and no others are in
     blocks, and every other tensor is the model's, bit for bit. In llama.cpp texts are read as the tokenizer
@@ -50,41 +92,23 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     Raises:
         ParityError: one of these does not hold; names it.
     """
-    coded, names = writer.coded_modules(model), architectures.names(model)
-    tensors = {tensor.name: tensor for tensor in llama_cpp.read(folder).tensors}
-    kinds = {
-        names[f"{path}.weight"]: blocks.block_type(module.scheme, inputs=isinstance(module, CodedLinear))
-        for path, module in coded.items()
-    }
-    for name, tensor in tensors.items():
-        kind = tensor.tensor_type.name
-        if kind != kinds.get(name, kind if kind in ("F32", "F16", "BF16") else "float"):
-            raise ParityError(f"{name}: the file has it as {kind}, the plan as {kinds.get(name, 'float')}")
-    codes = scales = 0
-    for path, module in coded.items():
-        heads = architectures.heads(model, f"{path}.weight")
-        found = read_block(_tensor(tensors, names[f"{path}.weight"]), heads)
-        for what, trained in _trained(module.weight).items():
-            _equal(path, what, found[what], trained)
-        codes, scales = codes + found["codes"].size, scales + found["scales"].size
-    _same_kept_tensors(model, names, tensors)
-    ids = _sequence(example)
+    codes, scales = check_stored(trained.modules, stored(folder, trained.layers))
+    if trained.kept is not None:
+        _same_kept_tensors(trained, folder)
+    ids = _sequence(trained.example)
     server = llama_cpp.Server(folder, context=len(ids), hidden=False, exact=True)
     _same_tokens(folder, server)
-    config: Any = model.config
-    words = config.vocab_size
+    words = trained.answers.values[WORDS].shape[-1]
     outputs = torch.stack([server.log_probabilities(ids[: end + 1], words=words) for end in range(len(ids))])
-    outputs = outputs.clamp(min=_LEAST)
-    reference, batch = _Words(_computing(model)), {"input_ids": torch.tensor([ids])}
-    nats, agree = divergence(reference, outputs[None], batch, engine="llama.cpp", lattices=_LATTICES)
+    found = trained.answers.agree({WORDS: outputs.clamp(min=_LEAST)}, "llama.cpp")
     return Parity(
-        modules=len(coded),
+        modules=len(trained.modules),
         codes=codes,
         scales=scales,
         worst_module=None,
-        end_to_end=end_to_end(reference, outputs[None], batch, engine="llama.cpp", lattices=_LATTICES),
-        divergence=nats,
-        same_word=agree,
+        end_to_end=found.drift,
+        divergence=found.nats,
+        same_word=found.same_word,
     )
 
 
@@ -118,31 +142,31 @@ def _nibbles(pairs: Array) -> Array:
 
 
 def _q8_0(block: Array) -> dict[str, Array]:
-    return {"scales": _float16(block[:, :2]), "codes": block[:, 2:].view(np.int8)}
+    return {"scale": _float16(block[:, :2]), "codes": block[:, 2:].view(np.int8)}
 
 
 def _q4_0(block: Array) -> dict[str, Array]:
-    return {"scales": _float16(block[:, :2]), "codes": _nibbles(block[:, 2:]).astype(np.int8) - np.int8(8)}
+    return {"scale": _float16(block[:, :2]), "codes": _nibbles(block[:, 2:]).astype(np.int8) - np.int8(8)}
 
 
 def _q4_1(block: Array) -> dict[str, Array]:
     return {
-        "scales": _float16(block[:, :2]),
-        "offsets": _float16(block[:, 2:4]),
+        "scale": _float16(block[:, :2]),
+        "offset": _float16(block[:, 2:4]),
         "codes": _nibbles(block[:, 4:]),
     }
 
 
 def _mxfp4(block: Array) -> dict[str, Array]:
     exponents = block[:, :1].astype(np.int32) - 127
-    return {"scales": np.ldexp(np.float32(1), exponents), "codes": _nibbles(block[:, 1:])}
+    return {"scale": np.ldexp(np.float32(1), exponents), "codes": _nibbles(block[:, 1:])}
 
 
 def _tq2_0(block: Array) -> dict[str, Array]:
     half = [np.concatenate([part // 4**place % 4 for place in range(4)], axis=1)
             for part in (block[:, :32], block[:, 32:64])]  # fmt: skip
     return {
-        "scales": _float16(block[:, 64:]),
+        "scale": _float16(block[:, 64:]),
         "codes": np.concatenate(half, axis=1).astype(np.int8) - np.int8(1),
     }
 
@@ -156,9 +180,30 @@ _LAYOUTS: dict[str, tuple[int, Callable[[Array], dict[str, Array]]]] = {
 }
 
 
-def _trained(weight: Codes) -> dict[str, Tensor]:
-    found = {"codes": weight.codes, "scales": weight.scale}
-    return found if weight.offset is None else found | {"offsets": weight.offset}
+def _names(reader: Any, paths: Iterable[str]) -> dict[str, str]:
+    """The file's names of a model's tensors, by llama.cpp's table for the file's own architecture."""
+    import gguf
+
+    name, layers = _field(reader, "general.architecture"), _field(reader, "{}.block_count")
+    kind = next((kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
+    if kind is None:
+        raise ParityError(f"gguf knows no architecture {name!r}")
+    table = gguf.get_tensor_name_map(kind, min(layers, len(reader.tensors)))
+    return {path: table.get_name(path, try_suffixes=(".weight", ".bias")) or path for path in paths}
+
+
+def _heads(reader: Any, path: str) -> int | None:
+    """How many heads the rows of a tensor are, if the file has them in another order than the model."""
+    name = _field(reader, "general.architecture")
+    if not any(each.name == name and each.interleaved for each in architectures.ARCHITECTURES.values()):
+        return None
+    keys = {"q_proj": "{}.attention.head_count", "k_proj": "{}.attention.head_count_kv"}
+    key = keys.get(path.rpartition(".")[0].rpartition(".")[2])
+    return None if key is None else _field(reader, key)
+
+
+def _field(reader: Any, key: str) -> Any:
+    return llama_cpp.field(reader, key.format(llama_cpp.field(reader, "general.architecture")))
 
 
 def _tensor(tensors: Mapping[str, Any], name: str) -> Any:
@@ -167,22 +212,15 @@ def _tensor(tensors: Mapping[str, Any], name: str) -> Any:
     return tensors[name]
 
 
-def _equal(path: str, what: str, found: Array, trained: Tensor) -> None:
-    expected = trained.detach().numpy()
-    if found.shape != expected.shape or not np.array_equal(found, expected):
-        place = np.argwhere(found != expected) if found.shape == expected.shape else []
-        where = tuple(map(int, place[0])) if len(place) else "its shape"
-        raise ParityError(
-            f"{path}: the {what} read back from the file differ from the trained ones at {where}"
-        )
-
-
-def _same_kept_tensors(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Any]) -> None:
-    for name, expected in writer.kept(model).items():
+def _same_kept_tensors(trained: Trained, folder: Path) -> None:
+    reader = llama_cpp.read(folder)
+    tensors, kept = {tensor.name: tensor for tensor in reader.tensors}, trained.kept or {}
+    names = _names(reader, [*kept, *(f"{path}.weight" for path in trained.modules)])
+    for name, expected in kept.items():
         tensor = _tensor(tensors, names[name])
         stored = torch.from_numpy(np.array(tensor.data))
         stored = stored.view(torch.bfloat16) if tensor.tensor_type.name == "BF16" else stored
-        heads = architectures.heads(model, name)
+        heads = _heads(reader, name)
         if heads is not None:
             stored = stored.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         if stored.dtype != expected.dtype or not torch.equal(stored, expected):
@@ -217,16 +255,16 @@ def _sequence(example: Batch) -> list[int]:
 
 
 class _Words(nn.Module):
-    """What a language model says of the next word: log-probabilities (samples, tokens, words)."""
+    """What a language model says of the next word: log-probabilities, as `logits`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Without a cache, which would be an output too."""
         logits = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits.float().log_softmax(dim=-1).clamp(min=_LEAST)
+        return {WORDS: logits.float().log_softmax(dim=-1).clamp(min=_LEAST)}
 
 
 def _computing(model: nn.Module) -> nn.Module:

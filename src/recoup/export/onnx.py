@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OUTPUTS
-from recoup.export.tracing import first_two, free_axes, output_names, positional, untraceable
+from recoup.export import onnx_cache
+from recoup.export.tracing import Traced, first_two, positional, traced, untraceable
 from recoup.nn import (
     OUTPUT,
     Batch,
@@ -36,6 +37,7 @@ from recoup.schemes import Scheme
 OPSET = 21
 FILE = "model.onnx"
 MODULES = "recoup.modules"  # like OUTPUTS a key of the file's metadata
+TIED = "recoup.tied"
 AGAIN = " again "  # in a key of MODULES, after the path of a module that is called more than once
 _CLOSED = "QuantizedModule"
 _LARGEST_SINGLE_FILE = 2**31 - 2**20  # protobuf's limit, with room for the graph
@@ -66,11 +68,14 @@ def write(
     *,
     lowering: Mapping[type, Callable[..., Any]] | None = None,
     opset: int = OPSET,
+    with_cache: bool = True,
 ) -> None:
     """Write `model` as folder/model.onnx; a float model is written as it is.
 
-    Batch size and the lengths of token sequences stay free wherever the model itself leaves them free.
-    The file's metadata names the outputs, and the input and output value of every quantized module.
+    Batch size and the lengths of token sequences stay free wherever the model itself leaves them free. A
+    language model that generates with a cache becomes one step of that, see `onnx_cache`. The file's metadata
+    names the outputs, the input and output value of every quantized module, and under which module's path a
+    tied weight is stored.
 
     Args:
         model: converted, or float. Its mode is set to eval for the tracing, and put back.
@@ -78,6 +83,7 @@ def write(
         example: one batch, to trace with; its first two samples are enough.
         lowering: the nodes of each type of converted module; onnxruntime's by default.
         opset: of the operators.
+        with_cache: False writes a language model for whole sequences only.
 
     Raises:
         ValueError: the model returns something other than tensors, is not in float32, or cannot be traced.
@@ -87,7 +93,7 @@ def write(
         import onnx
         import onnx_ir as ir
 
-        from recoup.export import onnx_conv, onnx_graph, onnx_nodes
+        from recoup.export import onnx_conv, onnx_graph, onnx_integer_conv, onnx_nodes
     except ImportError as error:
         raise ImportError(f"the onnx target needs {error.name}: pip install 'recoup[onnx]'") from None
 
@@ -100,19 +106,23 @@ def write(
             "onnx: the example holds values that are no tensors; a file has only tensors as inputs"
         )
     example = first_two(example)
-    outputs = output_names(model, example, "onnx")
+    decodes = with_cache and onnx_cache.decodes(model, example)
+    form = onnx_cache.traced(model, example) if decodes else traced(model, example, "onnx")
     with _closed(model) as coded:
-        program = _trace(model, example, outputs, opset)
+        program = _trace(model, form, opset)
+    for_onnxruntime = lowering is None
     if lowering is None:
         lowering = {
             CodedLinear: onnx_nodes.linear,
             CodedConv: onnx_conv.conv,
             CodedEmbedding: onnx_nodes.embedding,
         }
-    graph, values = program.model.graph, dict[str, dict[str, str]]()
+    graph, values, owners = program.model.graph, dict[str, dict[str, str]](), _owners(coded)
     for node in [node for node in graph if node.op_type == _CLOSED]:
         path = node.attributes["path"].as_string()
-        nodes = onnx_graph.Graph(path.removesuffix(f".{OUTPUT}"), graph.initializers)
+        shared = list(owners.values()).count(owners[path]) > 1
+        named = path.removesuffix(f".{OUTPUT}")
+        nodes = onnx_graph.Graph(named, graph.initializers, owners[path], tied=shared)
         closed_input, closed_output = node.inputs[0], node.outputs[0]
         assert closed_input is not None
         lower: Any = next(nodes_of for kind, nodes_of in lowering.items() if isinstance(coded[path], kind))
@@ -125,12 +135,16 @@ def write(
             graph.register_initializer(initializer)
         call_of_path = path if path not in values else f"{path}{AGAIN}{len(values)}"
         values[call_of_path] = {"input": str(closed_input.name), "output": str(output.name)}
+    if for_onnxruntime:
+        onnx_integer_conv.compute_in_integers(program.model, coded, values)
     if any(node.domain == onnx_graph.MICROSOFT for node in graph):
         program.model.opset_imports[onnx_graph.MICROSOFT] = 1
     program.model.opset_imports.pop("recoup", None)
     program.model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
-    program.model.metadata_props[OUTPUTS] = json.dumps(outputs)
+    program.model.metadata_props[OUTPUTS] = json.dumps(form.outputs)
     program.model.metadata_props[MODULES] = json.dumps(values)
+    if tied := {path: owner for path, owner in owners.items() if path != owner}:
+        program.model.metadata_props[TIED] = json.dumps(tied)
     size = sum(
         value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None
     )
@@ -139,9 +153,19 @@ def write(
     )
 
 
-def _trace(model: nn.Module, example: Batch, outputs: list[str], opset: int) -> Any:
-    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (positional(example), {})
-    free = {name: free_axes(value) for name, value in kwargs.items()} or tuple(map(free_axes, args))
+def _owners(coded: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Under which module's path the file has each weight: a tied embedding and linear layer have it once."""
+    sharing = dict[Any, list[str]]()
+    for path, module in coded.items():
+        sharing.setdefault(getattr(module, "weight", module), []).append(path)
+    return {
+        path: paths[0] if any(isinstance(coded[each], CodedEmbedding) for each in paths) else path
+        for paths in sharing.values()
+        for path in paths
+    }
+
+
+def _trace(model: nn.Module, form: Traced, opset: int) -> Any:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     log = logging.getLogger("torch.onnx")
@@ -152,13 +176,14 @@ def _trace(model: nn.Module, example: Batch, outputs: list[str], opset: int) -> 
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # torch's own, about its own deprecated calls
             program = torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs,
+                form.module,
+                form.args,
+                kwargs=dict(form.kwargs),
                 dynamo=True,
-                dynamic_shapes=free,
+                dynamic_shapes=form.free,
                 opset_version=opset,
-                output_names=[name or "output" for name in outputs],
+                input_names=form.inputs,
+                output_names=[name or "output" for name in form.outputs],
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -168,6 +193,9 @@ def _trace(model: nn.Module, example: Batch, outputs: list[str], opset: int) -> 
         for module, mode in modes.items():
             module.training = mode
     assert program is not None
+    stored = program.model.graph.initializers
+    for value in list(stored.values()):
+        value.name = str(value.name).removeprefix(form.prefix)
     return program
 
 

@@ -13,9 +13,10 @@
     convolution    see onnx_conv.py
 
 Two choices are the engine's. Accuracy level 1 is written out because the default lets a session quantize
-inputs that training left in float. Integer weights and inputs are stored as uint8 with zero point 128: on
+inputs that training left in float. Inputs, and weights of 8 bits, are stored as uint8 with zero point 128: on
 x86 without VNNI the sum of two products of uint8 and int8 saturates in 16 bits, while that of two
-uint8 is exact everywhere. Codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
+uint8 is exact everywhere. Weights of 7 bits or less do not saturate it, and are stored as int8, which has the
+faster kernels. In groups, codes of 3 and of 5 to 7 bits lie in containers of 4 and 8.
 """
 
 from collections.abc import Callable
@@ -114,12 +115,15 @@ def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
     if weight_layout(module.weight.spec) == "floats":
         return onnx_qdq.embedding(g, module, ids)
     packed = _pack(module.weight)
+    codes = g.weight("codes", packed.blocks if g.tied else packed.codes)
+    if g.tied:  # as MatMulNBits has it, with an axis for the blocks
+        codes = g("Reshape", codes, g.initializer("shape", np.array(packed.codes.shape, np.int64)))
     return g(
         "GatherBlockQuantized",
-        g.initializer("codes", packed.codes),
+        codes,
         ids,
-        g.initializer("scale", packed.scale),
-        None if packed.zero_point is None else g.initializer("zero_point", packed.zero_point),
+        g.weight("scale", packed.scale),
+        None if packed.zero_point is None else g.weight("zero_point", packed.zero_point),
         domain=MICROSOFT,
         bits=packed.bits,
         block_size=packed.group,
@@ -216,14 +220,12 @@ def _scales(spec: QuantSpec) -> str:
 def _matmul_nbits(accuracy_level: int) -> LinearNodes:
     def nodes(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
         packed = _pack(module.weight)
-        blocks = packed.codes.reshape(module.out_features, packed.scale.shape[1], -1)
-        zero_point = None if packed.zero_point is None else packed.zero_point.reshape(-1)
         return g(
             "MatMulNBits",
             x,
-            g.initializer("codes", blocks),
-            g.initializer("scale", packed.scale.reshape(-1)),
-            None if zero_point is None else g.initializer("zero_point", zero_point),
+            g.weight("codes", packed.blocks),
+            g.weight("scale", packed.scale),
+            None if packed.zero_point is None else g.weight("zero_point", packed.zero_point),
             domain=MICROSOFT,
             K=module.in_features,
             N=module.out_features,
@@ -257,8 +259,11 @@ def _dequantized_weight(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
 def _integer_product(
     g: Graph, module: CodedLinear, x: ir.Value, zero_point: ir.Value, scale: ir.Value
 ) -> ir.Value:
-    codes = g.initializer("codes", (_codes(module.weight).T.astype(np.int16) + 128).astype(np.uint8))
-    weight_zero = g.initializer("zero_point", np.array(128, np.uint8))
+    stored, zero = _codes(module.weight).T, 0
+    if not fits_sixteen_bits(module.weight.spec):
+        stored, zero = (stored.astype(np.int16) + 128).astype(np.uint8), 128
+    codes = g.initializer("codes", stored.copy())
+    weight_zero = g.initializer("zero_point", np.array(zero, stored.dtype))
     weight_scale = g.initializer("scale", module.weight.scale.cpu().numpy().reshape(-1))
     total = g("Cast", g("MatMulInteger", x, codes, zero_point, weight_zero), to=int(ir.DataType.FLOAT))
     return g("Mul", total, g("Mul", scale, weight_scale))
@@ -305,6 +310,11 @@ def _codes_per_token(g: Graph, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return g("Round", g("Div", x, scale)), scale
 
 
+def fits_sixteen_bits(spec: QuantSpec) -> bool:
+    """Two products of such weights with uint8 inputs do, so no kernel of x86 saturates."""
+    return 2 * 255 * max(-spec.format.lo, spec.format.hi) < 2**15
+
+
 _blocks_in_the_kernel = _matmul_nbits(4)
 
 _LINEAR: dict[tuple[str, str], LinearNodes] = {
@@ -329,6 +339,11 @@ class _Packed(NamedTuple):
     codes: Array  # uint8 (rows, columns * bits / 8)
     scale: Array  # float32 (rows, columns / group)
     zero_point: Array | None  # uint8 (rows, ceil(columns / group * bits / 8)); absent it is 2^(bits - 1)
+
+    @property
+    def blocks(self) -> Array:
+        """The codes with an axis for the blocks of a row."""
+        return self.codes.reshape(*self.scale.shape, -1)
 
 
 def _pack(weight: Codes) -> _Packed:

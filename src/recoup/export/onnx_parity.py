@@ -7,12 +7,12 @@ What is proven where:
                              each is within its bound, which follows from its arithmetic (`parity.expected`),
                              not from what was observed. A value that is returned cannot be fused away
     in the session of users  so what onnxruntime fuses only without taps is judged by the outputs alone, end
-                             to end (see `parity.end_to_end`)
+                             to end (see `answers.py`)
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,56 @@ from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export import onnx_bytes
-from recoup.export.onnx import AGAIN, FILE, MODULES
+from recoup.export.answers import answers
+from recoup.export.onnx import AGAIN, FILE, MODULES, TIED
+from recoup.export.onnx_integer_conv import ROUNDED_AS
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
-from recoup.export.parity import Parity, ParityError, divergence, end_to_end, equal, expected
-from recoup.nn import OUTPUT, Batch, Codes, FakeQuantizer, call, is_coded, output_quantizers
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from recoup.export.parity import Array, Parity, ParityError, equal, expected
+from recoup.export.tracing import positional
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
+from recoup.nn import OUTPUT, Batch, FakeQuantizer, call, output_quantizers
+from recoup.numerics import QuantSpec, dequantize
 
 
 @torch.no_grad()
-def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    """Compare folder/model.onnx with the converted model it was written from.
+def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
+    """What folder/model.onnx is compared with, from the converted model."""
+    del folder
+    modules, places = coded(model)
+    answered, recorded = answers(model, example)
+    return Trained(
+        modules=modules,
+        places=places,
+        outputs=output_quantizers(model),
+        example=example,
+        answers=answered,
+        recorded=recorded,
+    )
+
+
+def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
+    """Codes, scales and zero points of every quantized module, from the bytes of the file.
+
+    Raises:
+        ParityError: the file quantizes other modules, or has zero points where the scheme has none.
+    """
+    file = onnx.load(folder / FILE)
+    nodes = _modules(file)
+    check_modules("the file quantizes", nodes, layers)
+    tensors, packed = {tensor.name: tensor for tensor in file.graph.initializer}, read_codes(file)
+    owners = _owners(file)
+    return {
+        path: _same_view(path, layer.scheme.weights, *packed[path])
+        if path in packed
+        else _typed(owners.get(path, path), layer.scheme.weights, tensors)
+        for path, layer in layers.items()
+    }
+
+
+@torch.no_grad()
+def compare(trained: Trained, folder: Path) -> Parity:
+    """Compare folder/model.onnx with what was trained.
 
     Every code, scale and zero point in the file equals the trained one; the file quantizes these modules
     and no others; every module, fed what the engine fed it, agrees within its bound; the outputs, and where
@@ -45,65 +83,54 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     Raises:
         ParityError: one of these does not hold; names it.
     """
-    parity = compared(model, folder, example, OnnxModel, "onnxruntime")
+    parity = compared(trained, folder, OnnxModel, "onnxruntime")
     return replace(parity, falls_back=in_float(onnx.load(folder / FILE, load_external_data=False)))
 
 
-def compared(
-    model: nn.Module, folder: Path, example: Batch, load: Callable[[Path], OnnxModel], engine: str
-) -> Parity:
+def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], engine: str) -> Parity:
     """The proof, in whatever runs the file.
 
     Args:
-        model: converted.
+        trained: what was.
         folder: with the file.
-        example: the batch to compare with.
         load: folder -> the file in an engine.
         engine: its name, for messages.
 
     Raises:
-        ParityError: see `verify`.
+        ParityError: see `compare`.
     """
-    coded: dict[str, Any] = {name: module for name, module in model.named_modules() if is_coded(module)}
+    codes, scales = check_stored(trained.modules, stored(folder, trained.layers))
     file = onnx.load(folder / FILE)
-    stored, packed = _modules(file), read_codes(file)
-    if set(stored) != set(coded):
-        raise ParityError(
-            f"the file quantizes other modules than the plan: {sorted(set(stored) ^ set(coded))}"
-        )
-    counts = [
-        _same_codes(path, module.weight, *packed[path])
-        if path in packed
-        else _same_typed_codes(path, module.weight, file)
-        for path, module in coded.items()
-    ]
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
-    outputs_of = {f"{path}.{OUTPUT}": quantizer for path, quantizer in output_quantizers(model).items()}
-    _same_outputs(file, {called.partition(AGAIN)[0] for called in mapped} - set(coded), outputs_of)
-    results = _OpenedFile(file, folder, mapped, load).run(example)
+    outputs = {f"{path}.{OUTPUT}": quantizer for path, quantizer in trained.outputs.items()}
+    _same_outputs(file, {called.partition(AGAIN)[0] for called in mapped} - set(trained.modules), outputs)
+    results = _OpenedFile(file, folder, mapped, load).run(trained.example)
     worst = 0.0
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
         x, y = results[values["input"]], results[values["output"]]
-        trained, bound = expected(outputs_of.get(path) or coded[path], x)
-        excess = ((y.double() - trained).abs() / bound).max()
+        module: Any = outputs[path] if path in outputs else trained.modules[path]
+        if x.dtype == torch.uint8:
+            x = _decoded(x, module.input_quantizer)
+        expected_y, bound = expected(module, x)
+        if ROUNDED_AS in values:
+            reader: Any = trained.modules[values[ROUNDED_AS]]
+            y, expected_y, bound = _rounded(y, expected_y, bound, reader.input_quantizer)
+        excess = ((y.double() - expected_y).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
                 f"{path}: {engine}'s output is {float(excess):.3g} times its bound from the trained one"
             )
         worst = max(worst, float(excess))
-    outputs = call(load(folder), example)
-    nats, same = None, None
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        nats, same = divergence(_Logits(model), outputs["logits"], example, engine=engine)
+    found = trained.answers.agree(call(load(folder), trained.example), engine)
     return Parity(
-        modules=len(coded),
-        codes=sum(codes for codes, _ in counts),
-        scales=sum(scales for _, scales in counts),
+        modules=len(trained.modules),
+        codes=codes,
+        scales=scales,
         worst_module=worst,
-        end_to_end=end_to_end(model, outputs, example, engine=engine),
-        divergence=nats,
-        same_word=same,
+        end_to_end=found.drift,
+        divergence=found.nats,
+        same_word=found.same_word,
     )
 
 
@@ -113,31 +140,48 @@ def _same_outputs(file: onnx.ModelProto, found: set[str], trained: Mapping[str, 
     Raises:
         ParityError: it does not; names the module.
     """
-    if found != set(trained):
-        raise ParityError(f"the file quantizes other outputs than the plan: {sorted(found ^ set(trained))}")
+    check_modules("the file quantizes the outputs of", found, trained)
     tensors = {tensor.name: tensor for tensor in file.graph.initializer}
     for path, quantizer in trained.items():
         scale = onnx_bytes.read_scales(tensors[f"{path.removesuffix(f'.{OUTPUT}')}.output_scale"])
         equal(path, "scale", scale.reshape(1, 1), quantizer.stored_qparams.scale.detach())
 
 
-class _Logits(nn.Module):
-    """A model whose outputs are its logits alone."""
+def _decoded(codes: Tensor, lattice: FakeQuantizer) -> Tensor:
+    """What uint8 codes of an input stand for; signed ones lie around 128."""
+    offset = 128 if lattice.spec.format.lo else 0
+    view = codes.reshape(1, -1).to(torch.int16) - offset
+    return dequantize(view, lattice.stored_qparams, lattice.spec).reshape(codes.shape)
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model(*args, **kwargs)["logits"]
+def _rounded(
+    codes: Tensor, trained: Tensor, bound: Tensor, lattice: FakeQuantizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An output that the engine gives as codes, what was trained, and how far they may be apart.
+
+    A code is right if what it stands for is the nearest to something within the bound of the trained sum:
+    half a step more. What lies outside of the lattice has the code at its end.
+    """
+    ends = _decoded(torch.tensor([0, 255], dtype=torch.uint8), lattice).double()
+    half = lattice.stored_qparams.step.double().flatten() / 2
+    return _decoded(codes, lattice), trained.clamp(*ends), bound + half
 
 
 def _modules(file: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The quantized modules of a file, each with the node that reads its codes."""
+    """The quantized modules of a file, each with the node that reads its codes; tied ones with the same."""
     stored = {tensor.name for tensor in file.graph.initializer if tensor.name.endswith(".codes")}
-    return {
-        name.removesuffix(".codes"): node for node in file.graph.node for name in node.input if name in stored
+    readers = {
+        name.removesuffix(".codes"): node
+        for node in file.graph.node
+        for name in node.input
+        if name in stored and node.op_type != "Reshape"  # is no layout of its own
     }
+    return readers | {path: readers[owner] for path, owner in _owners(file).items() if owner in readers}
+
+
+def _owners(file: onnx.ModelProto) -> dict[str, str]:
+    """Where the codes of a module lie that are stored for another one."""
+    return json.loads(_metadata(file).get(TIED, "{}"))
 
 
 def _is_typed(node: onnx.NodeProto) -> bool:
@@ -146,37 +190,33 @@ def _is_typed(node: onnx.NodeProto) -> bool:
     return node.op_type == "DequantizeLinear" and axis < 2
 
 
-def _same_codes(path: str, weight: Codes, values: Array, scale: Array, zero_point: Array) -> tuple[int, int]:
-    """How many codes and scales were compared.
+def _same_view(path: str, spec: QuantSpec, values: Array, scale: Array, zero_point: Array) -> Stored:
+    """Codes and zero points as they were trained, not as distances from the middle of their container.
 
     Raises:
-        ParityError: one differs.
+        ParityError: the file has zero points, the scheme has none.
     """
-    zero = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
-    first = 0 if weight.spec.format.lo else 2 ** (container_bits(weight.spec.format.bits) - 1)
-    equal(path, "codes", values + first, weight.codes)
-    equal(path, "scale", scale, weight.scale)
-    equal(path, "zero point", np.broadcast_to(zero_point, scale.shape) + first, zero)
-    return values.size, scale.size
+    first = 0 if spec.format.lo else 2 ** (container_bits(spec.format.bits) - 1)
+    zero = np.broadcast_to(zero_point, scale.shape) + first
+    if spec.has_zero_point:
+        return {"codes": values + first, "scale": scale, "zero_point": zero}
+    if zero.any():
+        raise ParityError(f"{path}: the zero point read back from the file is not 0, and the scheme has none")
+    return {"codes": values + first, "scale": scale}
 
 
-def _same_typed_codes(path: str, weight: Codes, file: onnx.ModelProto) -> tuple[int, int]:
+def _typed(path: str, spec: QuantSpec, tensors: Mapping[str, onnx.TensorProto]) -> Stored:
     """Of a weight in ONNX's own types, whose DequantizeLinear reads it as it was trained."""
-    tensors = {tensor.name: tensor for tensor in file.graph.initializer}
-    codes, scale = (
-        onnx_bytes.read_codes(tensors[f"{path}.codes"]),
-        onnx_bytes.read_scales(tensors[f"{path}.scale"]),
-    )
-    equal(path, "codes", codes, weight.codes)
-    equal(path, "scale", scale.reshape(weight.scale.shape), weight.scale)
-    if weight.zero_point is not None:
-        zero_point = onnx_bytes.read_codes(tensors[f"{path}.zero_point"])
-        equal(path, "zero point", zero_point.reshape(weight.scale.shape), weight.zero_point)
-    if weight.global_scale is not None:
-        equal(
-            path, "global scale", onnx_bytes.read_scales(tensors[f"{path}.global_scale"]), weight.global_scale
-        )
-    return codes.size, scale.size
+    codes = onnx_bytes.read_codes(tensors[f"{path}.codes"])
+    shape = spec.granularity.scale_shape(*codes.shape)
+    found = {"codes": codes, "scale": onnx_bytes.read_scales(tensors[f"{path}.scale"]).reshape(shape)}
+    if f"{path}.zero_point" in tensors:
+        zero_point = onnx_bytes.read_codes(tensors[f"{path}.zero_point"]).reshape(shape)
+        if spec.has_zero_point or zero_point.any():
+            found["zero_point"] = zero_point
+    if f"{path}.global_scale" in tensors:
+        found["global_scale"] = onnx_bytes.read_scales(tensors[f"{path}.global_scale"])
+    return found
 
 
 def read_codes(file: onnx.ModelProto) -> dict[str, tuple[Array, Array, Array]]:
@@ -188,13 +228,15 @@ def read_codes(file: onnx.ModelProto) -> dict[str, tuple[Array, Array, Array]]:
     """
     initializers = {tensor.name: tensor for tensor in file.graph.initializer}
     modules: dict[str, tuple[Array, Array, Array]] = {}
+    owners = _owners(file)
     for path, node in _modules(file).items():
         if _is_typed(node):
             continue
+        owner = owners.get(path, path)
         arrays = {
-            name: numpy_helper.to_array(initializers[f"{path}.{name}"])
+            name: numpy_helper.to_array(initializers[f"{owner}.{name}"])
             for name in ("codes", "scale", "zero_point")
-            if f"{path}.{name}" in initializers
+            if f"{owner}.{name}" in initializers
         }
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         modules[path] = _unpacked(node.op_type, attributes, **arrays)
@@ -213,8 +255,9 @@ def _unpacked(
         if zero_point is None:
             return values, scale, np.array(0)
         return values, scale, _bits(zero_point.reshape(rows, -1), bits)[:, : scale.shape[1]] - middle
-    if op == "Cast":  # of a convolution: a row of codes for every output channel
-        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), np.array(0)
+    if op in ("Cast", "QLinearConv"):  # of a convolution: a row of codes for every output channel
+        zeros = np.array(0) if zero_point is None else zero_point.reshape(-1, 1)
+        return codes.reshape(len(codes), -1), scale.reshape(-1, 1), zeros
     middle = 128 if codes.dtype == np.uint8 else 0
     stored_zero = 0 if zero_point is None else int(zero_point)
     return (
@@ -240,7 +283,7 @@ class _OpenedFile:
         modules: dict[str, dict[str, str]],
         load: Callable[[Path], OnnxModel],
     ) -> None:
-        self.names = sorted({name for values in modules.values() for name in values.values()})
+        self.names = sorted({values[end] for values in modules.values() for end in ("input", "output")})
         opened = onnx.ModelProto()
         opened.CopyFrom(file)
         known = {value.name for value in (*opened.graph.input, *opened.graph.output)}
@@ -257,19 +300,13 @@ class _OpenedFile:
             self.model = load(Path(temporary))
 
     def run(self, example: Batch) -> dict[str, Tensor]:
-        feeds = _feeds(example, self.model.inputs)
+        given = example if isinstance(example, Mapping) else {}
+        feeds = self.model.feeds(*([] if given else positional(example)), **given)
         inner = [name for name in self.names if name not in feeds]
         results = self.model.session.run(inner, feeds)
         return {
             n: torch.from_numpy(np.array(v)) for n, v in (*zip(inner, results, strict=True), *feeds.items())
         }
-
-
-def _feeds(example: Batch, names: list[str]) -> dict[str, Array]:
-    if isinstance(example, Mapping):
-        return {name: example[name].cpu().numpy() for name in names}
-    tensors: Sequence[Any] = [example] if isinstance(example, Tensor) else example
-    return {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def _metadata(file: onnx.ModelProto) -> dict[str, str]:

@@ -211,7 +211,7 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
     """
     schemes = [module.scheme for module in model.modules() if is_coded(module)]
     nodes = {CodedLinear: linear, CodedConv: conv, CodedEmbedding: embedding, FakeQuantizer: output}
-    writer.write(model, folder, example, lowering=nodes, opset=opset(*schemes))
+    writer.write(model, folder, example, lowering=nodes, opset=opset(*schemes), with_cache=False)
 
 
 def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
@@ -271,18 +271,18 @@ def dequantized(g: Graph, weight: Codes, kernel: tuple[int, ...] = ()) -> ir.Val
     bands, blocks = weight.scale.shape
     by_row = bands in (1, rows) and blocks == 1
     shape = (rows, -1, *kernel)
-    stored = g.initializer("codes", codes.reshape(shape) if by_row and kernel else codes)
+    stored = g.weight("codes", codes.reshape(shape) if by_row and kernel else codes)
     scale = _stored_scale(g, weight, [] if by_row and bands == 1 else [-1] if by_row else [bands, blocks])
     zero_point = None
     if weight.zero_point is not None:
         zeros = weight.zero_point.cpu().numpy().astype(codes.dtype)
-        zero_point = g.initializer("zero_point", zeros if not by_row else zeros.reshape(-1))
+        zero_point = g.weight("zero_point", zeros if not by_row else zeros.reshape(-1))
     if by_row and bands == 1:
         return _dequantize(g, stored, scale, zero_point)
     if by_row:
         return _dequantize(g, stored, scale, zero_point, axis=0)
     if bands != rows:  # a band of rows shares its scales
-        band = g.initializer("bands", np.arange(rows, dtype=np.int64) // (rows // bands))
+        band = g.weight("bands", np.arange(rows, dtype=np.int64) // (rows // bands))
         scale = g("Gather", scale, band, axis=0)
         zero_point = None if zero_point is None else g("Gather", zero_point, band, axis=0)
     matrix = _dequantize(g, stored, scale, zero_point, axis=1, block_size=columns // blocks)
@@ -299,13 +299,11 @@ def _codes(weight: Codes) -> Array:
 def _stored_scale(g: Graph, weight: Codes, shape: list[int]) -> ir.Value:
     scale = weight.scale.cpu().numpy().reshape(shape)
     if weight.global_scale is not None:
-        small = g.initializer("scale", scale.astype(ml_dtypes.float8_e4m3fn))
-        return _dequantize(
-            g, small, g.initializer("global_scale", weight.global_scale.cpu().numpy().reshape(()))
-        )
+        small = g.weight("scale", scale.astype(ml_dtypes.float8_e4m3fn))
+        return _dequantize(g, small, g.weight("global_scale", weight.global_scale.cpu().numpy().reshape(())))
     if weight.spec.scale_format == E8M0:
-        return g.initializer("scale", scale.astype(ml_dtypes.float8_e8m0fnu))
-    return g.initializer("scale", scale)
+        return g.weight("scale", scale.astype(ml_dtypes.float8_e8m0fnu))
+    return g.weight("scale", scale)
 
 
 def _dequantize(

@@ -5,21 +5,20 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import nn
 
 from recoup.engines.onnx_standard import StandardOnnx
 from recoup.export.onnx import FILE
 from recoup.export.onnx_parity import compared
 from recoup.export.onnx_placement import violations
 from recoup.export.parity import Parity, ParityError
-from recoup.nn import Batch
+from recoup.export.trained import Trained
 
 
 @torch.no_grad()
-def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    """Compare folder/model.onnx with the converted model it was written from.
+def compare(trained: Trained, folder: Path) -> Parity:
+    """Compare folder/model.onnx with what was trained.
 
-    `onnx.checker` finds it valid, with shapes; for the rest see `onnx_parity.verify`, with the operators
+    `onnx.checker` finds it valid, with shapes; for the rest see `onnx_parity.compare`, with the operators
     computed as they are defined (`StandardOnnx`). Which nodes TensorRT would not fuse is no error: they are
     named in `falls_back`, each with the rule (`onnx_placement.RULES`).
 
@@ -31,5 +30,5 @@ def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ParityError(f"the file is no valid ONNX: {str(error).splitlines()[0]}") from None
     engine = StandardOnnx(folder).engine
-    found = compared(model, folder, example, StandardOnnx, engine)
+    found = compared(trained, folder, StandardOnnx, engine)
     return replace(found, engine=engine, falls_back=violations(onnx.load(folder / FILE)))

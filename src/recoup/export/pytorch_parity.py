@@ -5,7 +5,7 @@ in the graph      exactly the modules of the plan hold codes, each is computed a
                   else in the file is stored in bytes
 in the program    run node by node, as users run it: nothing fuses or folds it. Every quantized module, fed
                   what the program fed it, is within its bound (`parity.expected`)
-end to end        the outputs differ by no more than rounding explains (`parity.end_to_end`)
+end to end        the outputs differ by no more than rounding explains (`answers.py`)
 """
 
 from collections.abc import Mapping
@@ -17,45 +17,73 @@ import torch
 from torch import Tensor, fx, nn
 
 from recoup.engines.pytorch import PytorchModel
-from recoup.export.parity import Array, Parity, ParityError, end_to_end, equal, expected
+from recoup.export.answers import answers
+from recoup.export.parity import Array, Parity, ParityError, expected
 from recoup.export.pytorch_modules import container_bits, container_zero, multiplies_integers
 from recoup.export.tracing import positional
-from recoup.nn import Batch, CodedLinear, Codes, is_coded
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
+from recoup.nn import Batch, CodedLinear
+from recoup.numerics import QuantSpec
 
 _BYTES = (torch.int8, torch.uint8)
 
 
 @torch.no_grad()
-def verify(model: nn.Module, folder: Path, example: Batch) -> Parity:
-    """Compare folder/model.pt2 with the converted model it was written from.
+def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
+    """What folder/model.pt2 is compared with, from the converted model."""
+    del folder
+    modules, places = coded(model)
+    roundoff = max((_narrowing(module.weight.dtype) for module in modules.values()), default=0.0)
+    answered, recorded = answers(model, example, weight_roundoff=roundoff)
+    return Trained(modules=modules, places=places, example=example, answers=answered, recorded=recorded)
+
+
+def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
+    """Codes, scales and zero points of every quantized module, from the tensors in the file.
+
+    Raises:
+        ParityError: the file quantizes other modules, or what it has twice differs.
+    """
+    tensors = PytorchModel(folder).exported.state_dict
+    found: dict[str, Stored] = {}
+    for path, place in _where(tensors, layers).items():
+        found[path] = _read(path, layers[path], tensors, place)
+    return found
+
+
+@torch.no_grad()
+def compare(trained: Trained, folder: Path) -> Parity:
+    """Compare folder/model.pt2 with what was trained.
 
     Raises:
         ParityError: one of the claims at the head of this file does not hold; names it.
     """
-    places: dict[str, Any] = {
-        place: module for place, module in model.named_modules(remove_duplicate=False) if is_coded(module)
-    }
+    codes, scales = check_stored(trained.modules, stored(folder, trained.layers))
     engine = PytorchModel(folder)
-    tensors = engine.exported.state_dict
-    modules = _quantized(tensors)
-    found = {id(places[place]) for place in modules if place in places}
-    if not set(modules) <= set(places) or found != {id(module) for module in places.values()}:
-        raise ParityError(
-            f"the file quantizes other modules than the plan: {sorted(set(modules) ^ set(places))}"
-        )
-    counted: dict[int, tuple[int, int]] = {}
-    for place, prefix in modules.items():
-        counted[id(places[place])] = _same_codes(place, places[place], tensors, prefix)
-    _same_graph(engine, places, modules)
-    outputs, worst = _compared(engine, places, example)
-    roundoff = max((_narrowing(module.weight.dtype) for module in places.values()), default=0.0)
+    _same_graph(engine, trained)
+    outputs, worst = _compared(engine, trained)
+    found = trained.answers.agree(outputs, "torch.export")
     return Parity(
-        modules=len(counted),
-        codes=sum(codes for codes, _ in counted.values()),
-        scales=sum(scales for _, scales in counted.values()),
+        modules=len(trained.modules),
+        codes=codes,
+        scales=scales,
         worst_module=worst,
-        end_to_end=end_to_end(model, outputs, example, engine="torch.export", weight_roundoff=roundoff),
+        end_to_end=found.drift,
+        divergence=found.nats,
+        same_word=found.same_word,
     )
+
+
+def _where(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Of every module, the place whose tensors the file has.
+
+    Raises:
+        ParityError: it has others.
+    """
+    first = {place: path for path, layer in layers.items() for place in layer.places}
+    found = {first.get(place, place): place for place in _quantized(tensors)}
+    check_modules("the file quantizes", found, layers)
+    return found
 
 
 def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -64,36 +92,40 @@ def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {prefix.removesuffix(".").removesuffix(".weight"): prefix for prefix in prefixes}
 
 
-def _same_codes(place: str, module: Any, tensors: Mapping[str, Tensor], prefix: str) -> tuple[int, int]:
-    weight: Codes = module.weight
-    stored, scale = tensors[f"{prefix}codes"].numpy(), tensors[f"{prefix}scale"].numpy()
-    packed = prefix.endswith(".weight.")
-    values = read_codes(weight, stored) if packed else stored
-    equal(place, "codes", values, weight.codes)
-    equal(place, "scale", scale.reshape(tuple(weight.scale.shape)), weight.scale)
-    if weight.zero_point is not None:
-        zero_point = tensors[f"{prefix}zero_point"].numpy().astype(np.int32) - container_zero(weight.spec)
-        equal(place, "zero point", zero_point, weight.zero_point)
-    if f"{prefix}total" in tensors:
-        total = tensors[f"{prefix}total"].numpy()
-        equal(place, "sums of codes", total, weight.codes.long().sum(1).int())
-    return values.size, scale.size
+def _read(path: str, layer: Layer, tensors: Mapping[str, Tensor], place: str) -> Stored:
+    spec, prefix = layer.scheme.weights, _quantized(tensors)[place]
+    codes, scale = tensors[f"{prefix}codes"].numpy(), tensors[f"{prefix}scale"].numpy()
+    if prefix.endswith(".weight."):
+        codes = read_codes(spec, layer.shape, codes)
+    found = {"codes": codes, "scale": scale.reshape(spec.granularity.scale_shape(*layer.shape))}
+    if f"{prefix}zero_point" in tensors:
+        found["zero_point"] = tensors[f"{prefix}zero_point"].numpy().astype(np.int32) - container_zero(spec)
+    total = tensors.get(f"{prefix}total")
+    if total is not None and not np.array_equal(total.numpy(), codes.sum(1, dtype=np.int64)):
+        raise ParityError(f"{path}: the sums of codes read back from the file are not those of its codes")
+    return found
 
 
-def read_codes(weight: Codes, packed: Array) -> Array:
-    """Codes from packed rows, bit by bit."""
-    bits, (rows, columns) = container_bits(weight.spec), weight.codes.shape
+def read_codes(spec: QuantSpec, shape: tuple[int, int], packed: Array) -> Array:
+    """Codes (rows, columns) from packed rows, bit by bit.
+
+    Raises:
+        ParityError: the bytes are not those of such a matrix.
+    """
+    bits, (rows, columns) = container_bits(spec), shape
+    if len(packed) != rows or packed.shape[1] * 8 // bits < columns:
+        raise ParityError(f"{packed.shape} bytes hold no {rows} x {columns} codes of {bits} bits")
     stream = np.unpackbits(packed, axis=1, bitorder="little").reshape(rows, packed.shape[1], 8 // bits, bits)
     fields = (stream.astype(np.int16) << np.arange(bits, dtype=np.int16)).sum(axis=3)
     in_order = fields.transpose(0, 2, 1).reshape(rows, -1)
     if in_order[:, columns:].any():
         raise ParityError("the bytes after the last code of a row are not zero")
-    return in_order[:, :columns] - container_zero(weight.spec)
+    return in_order[:, :columns] - container_zero(spec)
 
 
-def _same_graph(engine: PytorchModel, places: Mapping[str, Any], modules: Mapping[str, str]) -> None:
+def _same_graph(engine: PytorchModel, trained: Trained) -> None:
     """Every module is computed as its scheme says, and nothing else is quantized."""
-    program = engine.exported
+    program, modules = engine.exported, _quantized(engine.exported.state_dict)
     for name, tensor in program.state_dict.items():
         if tensor.dtype in _BYTES and not any(name.startswith(prefix) for prefix in modules.values()):
             raise ParityError(f"{name}: is stored in bytes, and its module is not quantized")
@@ -103,27 +135,27 @@ def _same_graph(engine: PytorchModel, places: Mapping[str, Any], modules: Mappin
         for node in program.graph.nodes
         if node.name in buffers
     }
-    called: dict[int, set[str]] = {}
+    called: dict[str, set[str]] = {path: set() for path in trained.modules}
     for place, prefix in modules.items():
-        called.setdefault(id(places[place]), set()).update(users.get(f"{prefix}codes", []))
+        called[trained.places[place]].update(users.get(f"{prefix}codes", []))
     integers = 0
-    for place, module in places.items():
-        operators = called[id(module)]
+    for path, module in trained.modules.items():
+        operators = called[path]
         in_integers = isinstance(module, CodedLinear) and multiplies_integers(
             module.scheme, module.in_features
         )
         if not operators or (operators == {"cond"}) != in_integers:
-            raise ParityError(f"{place}: its codes are used by {sorted(operators) or 'nothing'}")
-        integers += in_integers * sum(call["module"] == place for call in engine.calls)
+            raise ParityError(f"{path}: its codes are used by {sorted(operators) or 'nothing'}")
+        integers += in_integers * sum(trained.places[call["module"]] == path for call in engine.calls)
     conditions = sum(str(node.target) == "cond" for node in program.graph.nodes)
     others = [node.name for node in program.graph.nodes if "aten._int_mm" in str(node.target)]
     if conditions != integers or len(others) != bool(integers):
         raise ParityError(f"{integers} calls multiply integers in the plan, and {conditions} in the program")
 
 
-def _compared(engine: PytorchModel, places: Mapping[str, Any], example: Batch) -> tuple[Any, float]:
+def _compared(engine: PytorchModel, trained: Trained) -> tuple[Any, float]:
     """The program's outputs, and the largest difference of a module's output as a share of its bound."""
-    tapped = _Tapped(engine.program, engine.calls)
+    example, tapped = trained.example, _Tapped(engine.program, engine.calls)
     if isinstance(example, dict):
         given = engine.keywords((), example)
         result = tapped.run(*given.values(), enable_io_processing=False)
@@ -132,8 +164,8 @@ def _compared(engine: PytorchModel, places: Mapping[str, Any], example: Batch) -
     worst = 0.0
     for index, call in enumerate(engine.calls):
         place = call["module"]
-        trained, bound = expected(places[place], tapped.inputs[index])
-        excess = float(((tapped.outputs[index].double() - trained).abs() / bound).max())
+        y, bound = expected(trained.modules[trained.places[place]], tapped.inputs[index])
+        excess = float(((tapped.outputs[index].double() - y).abs() / bound).max())
         if not excess <= 1:
             raise ParityError(
                 f"{place}: the program's output is {excess:.3g} times its bound from the trained one"

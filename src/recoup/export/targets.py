@@ -14,6 +14,7 @@ from torch import nn
 from recoup.engines import llama_cpp, onnx_standard, onnxruntime, pytorch, transformers
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Parity
+from recoup.export.trained import Layer, Stored, Trained
 from recoup.nn import Batch
 from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
@@ -41,7 +42,10 @@ class Target:
             a module knows; whoever calibrates calls it before measuring.
         write: (converted or float model, folder, example); the files of the tokenizer or image processor are
             in the folder already, if there are any.
-        verify: (converted model, folder, example); raises ParityError.
+        trained: (converted model, folder, example) -> what the folder has to agree with.
+        stored: (folder, {module: layer}) -> codes and scales of every module from the bytes alone; raises
+            ParityError for other modules.
+        compare: (what was trained, folder); the proof. Raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
         timed: its engine here says something about speed.
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
@@ -56,10 +60,20 @@ class Target:
     split: Callable[[nn.Module, Quantized, int], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
-    verify: Callable[[nn.Module, Path, Batch], Parity]
+    trained: Callable[[nn.Module, Path, Batch], Trained]
+    stored: Callable[[Path, Mapping[str, Layer]], dict[str, Stored]]
+    compare: Callable[[Trained, Path], Parity]
     load: Callable[[Path], nn.Module]
     timed: bool
     costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
+
+    def verify(self, model: nn.Module, folder: Path, example: Batch) -> Parity:
+        """Is a folder what this converted model was?
+
+        Raises:
+            ParityError: it is not; names a tensor or a module.
+        """
+        return self.compare(self.trained(model, folder, example), folder)
 
 
 def _of(module: str, function: str) -> Callable[..., Any]:
@@ -106,7 +120,9 @@ TARGETS: dict[str, Target] = {
         split=_one_device,
         settle=_as_it_is,
         write=_of("onnx", "write"),
-        verify=_of("onnx_parity", "verify"),
+        trained=_of("onnx_parity", "trained"),
+        stored=_of("onnx_parity", "stored"),
+        compare=_of("onnx_parity", "compare"),
         load=onnxruntime.OnnxModel,
         timed=True,
         costs=partial(
@@ -126,7 +142,9 @@ TARGETS: dict[str, Target] = {
         split=_one_device,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
-        verify=_of("onnx_qdq_parity", "verify"),
+        trained=_of("onnx_parity", "trained"),
+        stored=_of("onnx_parity", "stored"),
+        compare=_of("onnx_qdq_parity", "compare"),
         load=onnx_standard.StandardOnnx,
         timed=False,
         costs=partial(compare_sizes, size_bytes=onnxruntime.size_bytes, unmeasured=onnx_standard.UNMEASURED),
@@ -141,7 +159,9 @@ TARGETS: dict[str, Target] = {
         split=_of("tensor_parallel", "check_split"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
-        verify=_of("compressed_tensors_parity", "verify"),
+        trained=_of("compressed_tensors_parity", "trained"),
+        stored=_of("compressed_tensors_parity", "stored"),
+        compare=_of("compressed_tensors_parity", "compare"),
         load=transformers.load,
         timed=False,
         costs=partial(compare_sizes, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED),
@@ -156,7 +176,9 @@ TARGETS: dict[str, Target] = {
         split=_one_device,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
-        verify=_of("pytorch_parity", "verify"),
+        trained=_of("pytorch_parity", "trained"),
+        stored=_of("pytorch_parity", "stored"),
+        compare=_of("pytorch_parity", "compare"),
         load=pytorch.PytorchModel,
         timed=True,
         costs=partial(
@@ -176,7 +198,9 @@ TARGETS: dict[str, Target] = {
         split=_one_device,
         settle=_as_it_is,
         write=_of("gguf", "write"),
-        verify=_of("gguf_parity", "verify"),
+        trained=_of("gguf_parity", "trained"),
+        stored=_of("gguf_parity", "stored"),
+        compare=_of("gguf_parity", "compare"),
         load=llama_cpp.LlamaCpp,
         timed=True,
         costs=partial(

@@ -2,12 +2,48 @@
 
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recoup.nn import Batch, call, size_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What torch traces, and what the values of the file are called.
+
+    Args:
+        module: the model, or a closed form of it; called with `args` and `kwargs`.
+        args: by position.
+        kwargs: by name.
+        free: the axes that stay free, in the structure of `args` or `kwargs`, as torch.export takes it.
+        inputs: names; None for those of the module's own parameters.
+        outputs: names; [""] for a module that returns one bare tensor.
+        prefix: of the model's own names in `module`.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    free: Any
+    inputs: list[str] | None
+    outputs: list[str]
+    prefix: str = ""
+
+
+def traced(model: nn.Module, example: Batch, target: str) -> Traced:
+    """A model as it is, with the batch that it is traced with.
+
+    Raises:
+        ValueError: an output is not a tensor.
+    """
+    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (positional(example), {})
+    free = {name: free_axes(value) for name, value in kwargs.items()} or tuple(map(free_axes, args))
+    outputs = output_names(model, example, target)
+    return Traced(module=model, args=args, kwargs=kwargs, free=free, inputs=None, outputs=outputs)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ have in common), `output.py` the output of any module, `coded.py` the converted 
 called.
 """
 
-from recoup.nn.call import Batch, call, device_of, evaluating, moved, size_of, without_labels
+from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
 from recoup.nn.coded import (
     CODED_MODULES,
     CodedConv,
@@ -20,6 +20,7 @@ from recoup.nn.coded import (
 )
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
+from recoup.nn.integer_bias import bias_codes, make_room, seen_bias
 from recoup.nn.modules import (
     QUANT_MODULES,
     QuantConv1D,
@@ -52,17 +53,21 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",
+    "bias_codes",
     "call",
+    "cut",
     "device_of",
     "evaluating",
     "is_coded",
     "is_prepared",
+    "make_room",
     "moved",
     "output_quantizer_of",
     "output_quantizers",
     "quant_type",
     "quantization_off",
     "quantize_output",
+    "seen_bias",
     "size_of",
     "without_labels",
 ]

@@ -75,3 +75,21 @@ def size_of(batch: Batch) -> int:
     raise ValueError(
         f"a batch is a tensor, or a mapping or tuple with one in it; found {type(batch).__name__}"
     )
+
+
+def cut(batch: Batch, samples: int) -> Batch:
+    """The first samples of a batch; what has no sample axis stays as it is.
+
+    >>> import torch
+    >>> cut({"input_ids": torch.zeros(8, 64), "use_cache": False}, 2)["input_ids"].shape
+    torch.Size([2, 64])
+    """
+    size = size_of(batch)
+
+    def first(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+        return value[:samples] if whole else value
+
+    if isinstance(batch, Mapping):
+        return {name: first(value) for name, value in batch.items()}
+    return first(batch) if isinstance(batch, Tensor) else tuple(map(first, batch))

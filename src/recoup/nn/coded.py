@@ -12,19 +12,26 @@ from torch import Tensor, nn
 
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
+from recoup.nn.integer_bias import coded_bias
 from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
 from recoup.nn.twin import QuantModule
-from recoup.numerics import QParams, dequantize, quantize
+from recoup.numerics import QParams, QuantSpec, dequantize, quantize
 from recoup.schemes import Scheme
 
 
 class Codes(LatticeState):
     """A quantized weight: `codes` (r, c), and the `scale`, `zero_point`, `offset` and `global_scale` of them.
 
+    Args:
+        codes: one to a byte.
+        qparams: what they stand for.
+        spec: the lattice.
+        dtype: what they are decoded to.
+
     >>> import torch, recoup
     >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4))
     >>> linear = recoup.prepare(model, recoup.resolve(model, "w4a16"))[0]
-    >>> bool((Codes(linear).decode() == linear.weight_quantizer(linear.weight)).all())
+    >>> bool((Codes.of(linear).decode() == linear.weight_quantizer(linear.weight)).all())
     True
     """
 
@@ -34,19 +41,23 @@ class Codes(LatticeState):
     offset: Tensor | None
     global_scale: Tensor | None
 
-    @torch.no_grad()
-    def __init__(self, prepared: QuantModule) -> None:
+    def __init__(self, codes: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dtype) -> None:
         super().__init__()
-        self.spec = prepared.scheme.weights
-        weight = prepared.matrix(prepared)
-        self.dtype = weight.dtype
-        qparams = prepared.weight_quantizer.qparams(weight)
-        self.register_buffer("codes", quantize(weight, qparams, self.spec))
+        self.spec, self.dtype = spec, dtype
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", qparams.scale.detach().clone())
         zero_point = qparams.zero_point
         self.register_buffer("zero_point", None if zero_point is None else zero_point.to(torch.int32))
         self.register_buffer("offset", None if qparams.offset is None else qparams.offset.detach().clone())
         self.register_buffer("global_scale", qparams.global_scale)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, prepared: QuantModule) -> Self:
+        """Those of a prepared module: its weight as fake quantization rounds it."""
+        weight, spec = prepared.matrix(prepared), prepared.scheme.weights
+        qparams = prepared.weight_quantizer.qparams(weight)
+        return cls(quantize(weight, qparams, spec), qparams, spec, weight.dtype)
 
     @property
     def qparams(self) -> QParams:
@@ -74,12 +85,12 @@ class CodedModule(Protocol):
 class CodedLinear(nn.Module):
     """y = Q(x) decode(codes)^T + b."""
 
-    def __init__(self, prepared: QuantLinear | QuantConv1D) -> None:
+    def __init__(self, prepared: QuantLinear | QuantConv1D, weight: Codes | None = None) -> None:
         super().__init__()
         self.scheme = prepared.scheme
         self.in_features, self.out_features = prepared.in_features, prepared.out_features
-        self.weight = Codes(prepared)
-        self.bias: Tensor | None = prepared.bias
+        self.weight = Codes.of(prepared) if weight is None else weight
+        self.bias: Tensor | None = coded_bias(prepared) if weight is None else prepared.bias
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
@@ -104,7 +115,7 @@ class CodedConv(nn.Module):
 
     convolution: ClassVar[Callable[..., Tensor]]
 
-    def __init__(self, prepared: QuantConv1d | QuantConv2d) -> None:
+    def __init__(self, prepared: QuantConv1d | QuantConv2d, weight: Codes | None = None) -> None:
         super().__init__()
         self.scheme = prepared.scheme
         self.in_channels, self.out_channels = prepared.in_channels, prepared.out_channels
@@ -112,8 +123,8 @@ class CodedConv(nn.Module):
         self.padding, self.padding_mode = prepared.padding, prepared.padding_mode
         self.edges = tuple(prepared._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage]
         self.dilation, self.groups = prepared.dilation, prepared.groups
-        self.weight = Codes(prepared)
-        self.bias: Tensor | None = prepared.bias
+        self.weight = Codes.of(prepared) if weight is None else weight
+        self.bias: Tensor | None = coded_bias(prepared) if weight is None else prepared.bias
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
@@ -140,11 +151,11 @@ class CodedConv2d(CodedConv):
 class CodedEmbedding(nn.Module):
     """y = decode(codes)[ids]."""
 
-    def __init__(self, prepared: QuantEmbedding) -> None:
+    def __init__(self, prepared: QuantEmbedding, weight: Codes | None = None) -> None:
         super().__init__()
         self.scheme = prepared.scheme
         self.num_embeddings, self.embedding_dim = prepared.num_embeddings, prepared.embedding_dim
-        self.weight = Codes(prepared)
+        self.weight = Codes.of(prepared) if weight is None else weight
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from torch import Tensor, nn
 
 from recoup.nn.fake_quantizer import FakeQuantizer
+from recoup.nn.integer_bias import seen_bias
 from recoup.nn.twin import Inputs, adopt, input_quantizer, weight_quantizer
 from recoup.schemes import Scheme
 
@@ -39,7 +40,8 @@ class QuantConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.input_quantizer(input), weight, seen_bias(self))
 
 
 class QuantConv2d(nn.Conv2d):
@@ -66,4 +68,5 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.input_quantizer(input), weight, seen_bias(self))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.fused import fused_linear, fuses
+from recoup.nn.integer_bias import seen_bias
 from recoup.nn.twin import Inputs, QuantModule, adopt, input_quantizer, weight_quantizer
 from recoup.schemes import Scheme
 
@@ -51,8 +52,10 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
         if fuses(input, self.input_quantizer, self.weight_quantizer):
-            return fused_linear(input, self.weight, self.bias, self.input_quantizer, self.weight_quantizer)
-        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+            return fused_linear(
+                input, self.weight, seen_bias(self), self.input_quantizer, self.weight_quantizer
+            )
+        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), seen_bias(self))
 
 
 class QuantConv1D(nn.Module):
@@ -97,8 +100,10 @@ class QuantConv1D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The equation."""
         if fuses(x, self.input_quantizer, self.weight_quantizer):
-            return fused_linear(x, self.weight.T, self.bias, self.input_quantizer, self.weight_quantizer)
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight.T), self.bias)
+            return fused_linear(
+                x, self.weight.T, seen_bias(self), self.input_quantizer, self.weight_quantizer
+            )
+        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight.T), seen_bias(self))
 
 
 class QuantEmbedding(nn.Embedding):

@@ -6,6 +6,8 @@ w4a8-ort        the same with int8 inputs in blocks as long as the weight's grou
                 MatMulNBits computes at accuracy level 4, its fastest
 w8a8            int8 weights, one scale per channel; int8 inputs per token. `-static`: per tensor, calibrated
 w8a8-ort        int8 weights per channel, uint8 inputs per tensor: onnxruntime's MatMulInteger
+w7a8-ort        the same with weights of 7 bits: two products fit in 16 bits, so that every x86 computes them
+                exactly by its fastest kernel. `-static`: also an int32 bias, as for QLinearConv
 fp8 ...         E4M3; per channel and token, per tensor (`-static`), or DeepSeek's 128 x 128 blocks
 mx...           OCP Microscaling v1.0: blocks of 32, E8M0 scales
 nvfp4           blocks of 16, E4M3 scales, one float32 scale per tensor. `-2d`: weights in blocks of 16 x 16;
@@ -136,6 +138,13 @@ _TABLE: list[Scheme] = [
         name="w8a8-ort-static",
         weights=_int_weights(8, per_channel, "narrow"),
         inputs=replace(_UINT8_PER_TENSOR, ranges="static"),
+    ),
+    Scheme(name="w7a8-ort", weights=_int_weights(7, per_channel, "narrow"), inputs=_UINT8_PER_TENSOR),
+    Scheme(
+        name="w7a8-ort-static",
+        weights=_int_weights(7, per_channel, "narrow"),
+        inputs=replace(_UINT8_PER_TENSOR, ranges="static"),
+        integer_bias=True,
     ),
     # FP8
     Scheme(name="fp8", weights=_static(_FP8_PER_ROW), inputs=_FP8_PER_ROW),

@@ -14,6 +14,7 @@ from recoup.numerics import (
     PowerOfTwo,
     QuantSpec,
     StretchedFormat,
+    per_channel,
 )
 
 
@@ -25,6 +26,8 @@ class Scheme:
         name: how plans and reports call it; a preset's name, or one of your own.
         weights: the spec of the weight's 2-D view, (output features, input features).
         inputs: the spec of the input's 2-D view, (tokens, features); None leaves it in float.
+        integer_bias: the bias lies on the grid of the products, as an int32 at the input's scale times the
+            weight's: what integer kernels add to their sums. Otherwise it stays in float.
 
     Raises:
         ValueError: specs that no module can carry.
@@ -33,6 +36,7 @@ class Scheme:
     name: str
     weights: QuantSpec
     inputs: QuantSpec | None = None
+    integer_bias: bool = False
 
     def __post_init__(self) -> None:
         if (
@@ -43,6 +47,18 @@ class Scheme:
             raise ValueError(
                 f"scheme {self.name!r}: {self.inputs.ranges} input ranges cannot have scales per token; "
                 f"use per_tensor, or dynamic ranges"
+            )
+        if self.integer_bias and not (
+            isinstance(self.weights.format, IntFormat)
+            and self.weights.granularity == per_channel
+            and self.weights.symmetric
+            and self.inputs is not None
+            and isinstance(self.inputs.format, IntFormat)
+            and self.inputs.ranges != "dynamic"
+        ):
+            raise ValueError(
+                f"scheme {self.name!r}: integer_bias asked, and there is no one step of the products; use "
+                "symmetric integer weights per_channel, and static or learned integer inputs"
             )
 
     def bits_per_weight(self, rows: int, columns: int) -> float:

@@ -1,0 +1,127 @@
+"""What a file is compared with: at export the trained model, later what the folder recorded of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from recoup.export.answers import Answers
+from recoup.export.parity import Array, ParityError, equal
+from recoup.nn import Batch, CodedModule, FakeQuantizer, is_coded
+from recoup.schemes import Scheme
+
+Stored = Mapping[str, Array]  # of one module, by the names of `tensors_of`
+_ALWAYS = ("codes", "scale", "zero_point", "offset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A quantized module, as much of it as a reader of bytes needs.
+
+    Args:
+        scheme: its numbers.
+        kind: the type of the converted module.
+        shape: of its codes, (rows, columns).
+        places: every name that it has in the model, the first one included.
+    """
+
+    scheme: Scheme
+    kind: type
+    shape: tuple[int, int]
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a folder has to agree with.
+
+    Args:
+        modules: the quantized modules that the file holds, by their first name.
+        places: the first name of a module, by each of its names.
+        outputs: the quantizers of outputs, by the module that makes them.
+        example: the batch that was asked.
+        answers: what the trained model answers.
+        recorded: the part of it that goes into the folder.
+        kept: the tensors that are not quantized, with the values of the file; None where nobody has them any
+            more, and the sums of the files have to speak for them.
+    """
+
+    modules: Mapping[str, CodedModule]
+    places: Mapping[str, str]
+    example: Batch
+    answers: Answers
+    recorded: Answers
+    outputs: Mapping[str, FakeQuantizer] = field(default_factory=dict[str, FakeQuantizer])
+    kept: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The modules, as a reader of bytes needs them."""
+        return {path: layer_of(module, self._places(path)) for path, module in self.modules.items()}
+
+    def _places(self, path: str) -> tuple[str, ...]:
+        return tuple(place for place, first in self.places.items() if first == path)
+
+
+def layer_of(module: CodedModule, places: tuple[str, ...]) -> Layer:
+    """A module, as a reader of bytes needs it."""
+    rows, columns = module.weight.codes.shape
+    return Layer(scheme=module.scheme, kind=type(module), shape=(rows, columns), places=places)
+
+
+def coded(model: nn.Module) -> tuple[dict[str, CodedModule], dict[str, str]]:
+    """The quantized modules of a converted model by their first name, and the first name by every name."""
+    first: dict[int, str] = {}
+    modules: dict[str, CodedModule] = {}
+    places: dict[str, str] = {}
+    for place, module in model.named_modules(remove_duplicate=False):
+        if is_coded(module):
+            path = first.setdefault(id(module), place)
+            modules.setdefault(path, module)
+            places[place] = path
+    return modules, places
+
+
+def tensors_of(module: CodedModule) -> dict[str, Tensor]:
+    """What is stored of a module on a lattice, and of which; a divisor is a global scale's reciprocal."""
+    weight, quantizer = module.weight, getattr(module, "input_quantizer", None)
+    found = {
+        "codes": weight.codes,
+        "scale": weight.scale,
+        "zero_point": weight.zero_point,
+        "offset": weight.offset,
+        "global_scale": weight.global_scale,
+        "global_divisor": None if weight.global_scale is None else 1 / weight.global_scale,
+    }
+    if isinstance(quantizer, FakeQuantizer):
+        inputs = quantizer.global_scale
+        found["input_scale"] = None if quantizer.scale is None else quantizer.stored_qparams.scale
+        found["input_global_divisor"] = None if inputs is None else 1 / inputs
+    return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+
+
+def check_stored(modules: Mapping[str, CodedModule], stored: Mapping[str, Stored]) -> tuple[int, int]:
+    """Every tensor that was read back is the trained one; returns how many codes and scales there are.
+
+    Raises:
+        ParityError: one is not, or is missing; names it.
+    """
+    for path, module in modules.items():
+        trained, found = tensors_of(module), stored[path]
+        for name in (*(name for name in _ALWAYS if name in trained), *found):
+            if name not in found or name not in trained:
+                which = "not there" if name in trained else "there, and the scheme has none"
+                raise ParityError(f"{path}: the {name.replace('_', ' ')} is {which}")
+            equal(path, name.replace("_", " "), found[name], trained[name])
+    return sum(each["codes"].size for each in stored.values()), sum(s["scale"].size for s in stored.values())
+
+
+def check_modules(what: str, found: Mapping[str, object] | set[str], wanted: Mapping[str, object]) -> None:
+    """Exactly the modules of the plan are quantized.
+
+    Raises:
+        ParityError: they are not; names some.
+    """
+    if different := sorted(set(found) ^ set(wanted)):
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise ParityError(f"{what} other modules than the plan: {', '.join(different[:3])}{more}")

@@ -1,0 +1,162 @@
+"""Convolutions from codes to codes: what is written as QLinearConv, what is not, and that it is proved."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import recoup
+from recoup.export import TARGETS, Parity, ParityError
+from recoup.numerics import IntFormat
+from recoup.schemes import PRESETS, Recipe
+
+SCHEME = PRESETS["w7a8-ort-static"]
+assert SCHEME.inputs is not None
+OTHERS = {
+    "weights of 8 bits": replace(
+        SCHEME, name="mine", weights=replace(SCHEME.weights, format=IntFormat(8, narrow=True))
+    ),
+    "a float bias": replace(SCHEME, name="mine", integer_bias=False),
+    "dynamic inputs": PRESETS["w7a8-ort"],
+}
+
+
+class Chain(nn.Module):
+    """Three convolutions, the second depthwise, and an activation between them."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.third = nn.Conv2d(16, 8, 1, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.activation(self.second(self.activation(self.first(x)))))
+
+
+class Fork(Chain):
+    """The first convolution is asked twice, in codes or also in float."""
+
+    def __init__(self, *, also_in_float: bool) -> None:
+        super().__init__(F.relu)
+        self.other = nn.Conv2d(16, 16, 1)
+        self.also_in_float = also_in_float
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        branch = self.other(y) + y if self.also_in_float else self.other(y)
+        return self.third(F.relu(self.second(y))) + branch[:, :8]
+
+
+def images() -> Tensor:
+    return 3 * torch.randn(4, 3, 12, 12)
+
+
+def ready(model: nn.Module, scheme: object = SCHEME) -> nn.Module:
+    model.eval()
+    recoup.prepare(model, recoup.resolve(model, Recipe(scheme=scheme)))
+    return recoup.calibrate(model, [images()])
+
+
+def written(model: nn.Module, folder: Path) -> tuple[onnx.ModelProto, Parity]:
+    parity = recoup.export(model, folder, "onnx", example=images())
+    return onnx.load(folder / "model.onnx"), parity
+
+
+def operators(file: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in file.graph.node)
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.relu6, nn.Identity()], ids=["relu", "relu6", "none"])
+def test_what_is_only_asked_in_codes_is_computed_in_integers(
+    activation: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    file, parity = written(ready(Chain(activation)), tmp_path / "out")
+    found = operators(file)
+    assert (found["QLinearConv"], found["Conv"], found["QuantizeLinear"]) == (2, 1, 1)
+    assert not {"Relu", "Clip"} & set(found)
+    assert parity.modules == 3
+    assert parity.falls_back is not None
+    assert len(parity.falls_back) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "integer"),
+    [
+        (lambda: Chain(F.silu), SCHEME, 0),
+        (lambda: Chain(lambda x: F.hardtanh(x, 0.0, 0.1)), SCHEME, 2),
+        (lambda: Chain(lambda x: F.hardtanh(x, -0.1, 0.1)), SCHEME, 0),
+        (lambda: Fork(also_in_float=False), SCHEME, 2),
+        (lambda: Fork(also_in_float=True), SCHEME, 1),
+        *((lambda: Chain(F.relu), other, 0) for other in OTHERS.values()),
+    ],
+    ids=["silu", "clip that the lattice does", "clip below zero", "two readers of one lattice",
+         "asked in float too", *OTHERS],
+)  # fmt: skip
+def test_other_outputs_are_float_sums(
+    model: Callable[[], nn.Module], scheme: object, integer: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    assert operators(written(ready(model(), scheme), tmp_path / "out")[0])["QLinearConv"] == integer
+
+
+def test_two_readers_of_two_lattices_keep_the_output_in_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ready(Fork(also_in_float=False))
+    with torch.no_grad():
+        model.other.input_quantizer.scale.mul_(1.5)
+    assert operators(written(model, tmp_path / "out")[0])["QLinearConv"] == 1
+
+
+def test_a_clip_inside_of_the_lattice_stays(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ready(Chain(F.relu6))
+    with torch.no_grad():
+        model.second.input_quantizer.scale.mul_(2)  # its last code is above 6 now
+    found = operators(written(model, tmp_path / "out")[0])
+    assert (found["QLinearConv"], found["Clip"]) == (1, 1)
+
+
+def test_a_bias_of_another_step_is_found(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ready(Chain(F.relu))
+    file, _ = written(model, tmp_path / "out")
+    (bias,) = (tensor for tensor in file.graph.initializer if tensor.name == "second.bias")
+    stored = numpy_helper.to_array(bias)
+    assert stored.dtype == np.int32
+    bias.CopyFrom(numpy_helper.from_array((stored * 1.5 + 1000).astype(np.int32), bias.name))
+    onnx.save(file, tmp_path / "out" / "model.onnx")
+    with pytest.raises(ParityError, match="second: onnxruntime's output is"):
+        TARGETS["onnx"].verify(recoup.convert(model), tmp_path / "out", images())
+
+
+def test_a_code_of_a_weight_that_moved_is_found(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ready(Chain(F.relu))
+    file, _ = written(model, tmp_path / "out")
+    (codes,) = (tensor for tensor in file.graph.initializer if tensor.name == "second.codes")
+    stored = numpy_helper.to_array(codes).copy()
+    stored[3, 0, 1, 1] += 1
+    codes.CopyFrom(numpy_helper.from_array(stored, codes.name))
+    onnx.save(file, tmp_path / "out" / "model.onnx")
+    with pytest.raises(ParityError, match=r"second: the codes read back .* at \(3, 4\)"):
+        TARGETS["onnx"].verify(recoup.convert(model), tmp_path / "out", images())
+
+
+def test_no_sum_of_two_products_leaves_sixteen_bits(tmp_path: Path) -> None:
+    """So that the file means the same on x86 with VNNI and without."""
+    torch.manual_seed(0)
+    file, _ = written(ready(Chain(F.relu)), tmp_path / "out")
+    for tensor in file.graph.initializer:
+        if tensor.name.endswith(".codes"):
+            assert 2 * 255 * np.abs(numpy_helper.to_array(tensor).astype(int)).max() < 2**15
