@@ -1,7 +1,8 @@
 """What a folder says of itself, so that it can be verified later: artefact.json, and artefact.safetensors.
 
 The JSON has the format of the folder, the scheme and the digests of every quantized module, and the sums of
-all files; the tensors are a batch, what the trained model answered to it, biases, and the scales of inputs.
+all files; the tensors are a batch, what the trained model answered to it, biases, and the scales of inputs
+and outputs.
 What is read is not trusted: it is checked as a recipe is, and no name in it leads out of the folder.
 """
 
