@@ -64,7 +64,9 @@ def explain(recipe: RecipeFile, *, trust_remote_code: Trust = False) -> int:
     usable(settings.target)
     model = tasks.load_model(parsed, trust_remote_code=trust_remote_code)
     plan = resolve(model, parsed)
-    kernels = preflight(model, plan, settings.target, tensor_parallel=settings.tensor_parallel)
+    kernels = preflight(
+        model, plan, settings.target, tensor_parallel=settings.tensor_parallel, consumer=settings.consumer
+    )
     print(account(model, plan, kernels))
     return 0
 

@@ -13,7 +13,16 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Codes, FakeQuantizer, device_of, is_prepared, quant_type, quantize_output
+from recoup.nn import (
+    Codes,
+    FakeQuantizer,
+    caching,
+    device_of,
+    is_prepared,
+    quant_type,
+    quantize_cache,
+    quantize_output,
+)
 from recoup.numerics import QuantSpec, kernels, per_tensor
 from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
 
@@ -43,7 +52,8 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
         ValueError: a rule that matches nothing; a layer that its groups do not divide, or whose inputs
             cannot have the scheme's; tied weights that are not quantized alike; a large parameter in a
             module that has no quantized form, and no rule that keeps it; nothing to quantize; a name in
-            `outputs` that is no module's, or a scheme whose inputs have no numbers for them.
+            `outputs` that is no module's, or a scheme whose inputs have no numbers for them; a KV cache
+            that the model has not, or that cannot be reached.
 
     >>> import torch
     >>> resolve(torch.nn.Sequential(torch.nn.Linear(32, 4)), "w4a16").modules
@@ -74,7 +84,9 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
                         f"two different schemes are called {decision.name!r}; give them two names"
                     )
                 modules[name] = decision.name
-    plan = Plan(schemes=schemes, modules=modules, kept=kept, outputs=_outputs(model, recipe))
+    outputs = _outputs(model, recipe)
+    caches = () if recipe.kv is None else tuple(caching(model))
+    plan = Plan(schemes=schemes, modules=modules, kept=kept, outputs=outputs, kv=recipe.kv, caches=caches)
     _tied_weights_are_alike(model, plan)
     _nothing_large_is_left_out(model, kept)
     if not modules:
@@ -88,7 +100,8 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
 def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> nn.Module:
     """Put the quantized twins in place of the modules that the plan names; in place, returns the model.
 
-    Weights are calibrated by min and max at once; inputs with static ranges wait for `calibrate`.
+    Weights are calibrated by min and max at once; inputs with static ranges, and keys and values, wait for
+    `calibrate`.
     Parameters are shared with the float modules, never copied, so an optimizer made earlier still trains
     them; modules with one weight get one quantizer for it, whose learned scales train once. To resume,
     prepare a fresh model and `load_state_dict` strictly.
@@ -128,6 +141,11 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
         assert is_prepared(prepared)
         prepared.weight_quantizer = quantizers.setdefault(prepared.weight, prepared.weight_quantizer)
     _tied_weights_are_alike(model, plan)
+    if plan.kv is not None and (missing := set(plan.caches) - set(caching(model))):
+        raise ValueError(
+            f"the plan quantizes keys and values of {min(missing)!r}, which keeps none in this model; "
+            "resolve it for this model"
+        )
     if model in twins:
         raise ValueError("the model is itself the only layer; wrap it, as in nn.Sequential(model)")
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -137,6 +155,8 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
         quantizer = FakeQuantizer(spec, rows=None, columns=None)
         quantizer.path = f"{name}.output"
         quantize_output(model.get_submodule(name), quantizer.to(device_of(model)))
+    if plan.kv is not None:
+        quantize_cache(model, plan.kv, plan.caches)
     for quantizer in model.modules():
         if isinstance(quantizer, FakeQuantizer):
             quantizer.impl = chosen

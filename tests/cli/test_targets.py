@@ -116,6 +116,11 @@ WRONG: dict[str, tuple[Fields, str]] = {
         {"scheme": "fp8", "export": {"target": "pytorch"}}, "0: scheme 'fp8' does not run in torch on"),
     "several devices": (
         {"export": {"tensor_parallel": 4}}, "export.tensor_parallel: 4 devices asked, this target runs"),
+    "another reader": (
+        {"export": {"consumer": "vllm"}}, "export.consumer: vllm asked, this target has one reader; leave"),
+    "a cache in a model that has none": (
+        {"kv": "fp8"}, "kv: a Sequential is no transformers model that generates text, so it has no"),
+    "keys and values of 4 bits": ({"kv": "fp4"}, "kv: no spec of keys and values 'fp4'; there are fp8"),
     "no devices": ({"export": {"tensor_parallel": 0}}, "export.tensor_parallel: input should be greater"),
     **{
         f"a place outside, {place}": (

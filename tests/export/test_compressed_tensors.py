@@ -160,7 +160,7 @@ def test_what_is_in_a_folder(folders: Callable[[str, bool], Written]) -> None:
     for tied in (False, True):
         found = folders("w4a16", tied)
         assert sorted(path.name for path in found.folder.iterdir()) == [
-            *("artefact.json", "artefact.safetensors", "config.json", "generation_config.json"),
+            *("artefact.json", "artefact.tensors", "config.json", "generation_config.json"),
             *("model.safetensors", "parity.json", "tokenizer.json"),
         ]
         assert ("lm_head.weight" in found.tensors) == (not tied)

@@ -135,7 +135,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path, written: list[Path]) -> None:
     (tmp_path / "out").mkdir()
     export(small(), tmp_path / "out", "onnx")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+        *("model.onnx", "parity.json", "artefact.json", "artefact.tensors")
     }
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -191,7 +191,7 @@ def test_a_processor_is_saved_into_the_folder(tmp_path: Path, written: list[Path
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "mine"
 
 
-PROVED = {"model.onnx", "parity.json", "artefact.json", "artefact.safetensors"}
+PROVED = {"model.onnx", "parity.json", "artefact.json", "artefact.tensors"}
 
 
 def test_a_processor_is_copied_from_the_models_folder(tmp_path: Path, written: list[Path]) -> None:
@@ -240,7 +240,7 @@ def test_a_model_that_was_not_loaded_takes_nothing_from_the_working_directory(
     with pytest.warns(UserWarning, match="no tokenizer or image processor; pass processor="):
         export(ptq(Configured(), "w4a16", [torch.randn(2, 96)]), "out", "onnx")
     assert {path.name for path in Path("out").iterdir()} == {
-        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+        *("model.onnx", "parity.json", "artefact.json", "artefact.tensors")
     }
 
 

@@ -35,7 +35,7 @@ from recoup.schemes import PRESETS, Plan
 from recoup.transforms import fuse
 
 compare = importlib.import_module("recoup.export.onnx_qdq_parity").compare
-trained = importlib.import_module("recoup.export.onnx_parity").trained
+trained = TARGETS["onnx-qdq"].trained
 # What went around a block: from the ReLU of the stem, from a block, and through a projection.
 RESIDUALS = ("stem.1", "blocks.0", "blocks.1.shortcut")
 

@@ -214,7 +214,7 @@ def test_everything_was_read_back(programs: Written) -> None:
     assert 0 < programs.parity.worst_module <= 1
     assert json.loads((programs.folder / "parity.json").read_text()) == programs.parity.to_json()
     assert {path.name for path in programs.folder.iterdir()} == {
-        *("model.pt2", "parity.json", "artefact.json", "artefact.safetensors")
+        *("model.pt2", "parity.json", "artefact.json", "artefact.tensors")
     }
 
 

@@ -1,6 +1,9 @@
 """A folder is verified later, from the folder alone; folders of all formats are read."""
 
+import copy
+import functools
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,8 @@ from recoup.cli import main
 from recoup.export import TARGETS, verify
 from recoup.export.artefact import FORMAT
 from recoup.export.migrations import MIGRATIONS
-from recoup.nn import call
+from recoup.nn import FakeQuantizer, call
+from recoup.schemes import PRESETS
 
 from .artefacts import write as golden
 from .conftest import Exported
@@ -268,6 +272,35 @@ def test_a_record_that_is_no_json_is_one_line(content: bytes, tmp_path: Path) ->
         verify(copied)
 
 
+_ANYTHING = (None, True, -1, 0, 2**31, 2**70, 1e300, "", "x", "w4a16", "../x", "\0", [], [1], {}, {"a": 1})
+
+
+def test_a_record_changed_at_random_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    data = json.loads((folder_of("onnx") / "artefact.json").read_text())
+    places = [place for place in _places(data) if place and place[0] != "files"]
+    copied = shutil.copytree(folder_of("onnx"), tmp_path / "copy")
+    read, refused = 0, list[str]()
+    for seed in range(150):
+        draw, changed = random.Random(seed), copy.deepcopy(data)
+        *path, last = draw.choice(places)
+        owner = functools.reduce(lambda owner, key: owner[key], path, changed)
+        owner[last] = draw.choice(_ANYTHING)
+        (copied / "artefact.json").write_text(json.dumps(changed))
+        try:
+            str(verify(copied))
+            read += 1
+        except ValueError as error:
+            refused.append(str(error))
+    assert read > 10
+    assert len(refused) > 10
+    assert not [message for message in refused if "\n" in message]
+
+
+def _places(data: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [above, *(place for key, value in inner for place in _places(value, (*above, key)))]
+
+
 def test_a_folder_that_is_no_artefact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder; expected one that recoup export wrote"):
         verify(tmp_path / "none")
@@ -297,7 +330,7 @@ def test_a_large_batch_is_cut_and_so_are_its_answers(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(1024, 4096)).eval()
     example = torch.randn(2000, 1024)
     export(ptq(model, "w4a16", [example[:8]]), tmp_path / "out", "onnx", example=example)
-    tensors = load_file(tmp_path / "out" / "artefact.safetensors")
+    tensors = load_file(tmp_path / "out" / "artefact.tensors")
     assert tensors["example.0"].shape == (1024, 1024)
     every = record(tmp_path / "out")["example"]["every"]
     assert every == 4
@@ -309,7 +342,7 @@ def test_a_large_batch_is_cut_and_so_are_its_answers(tmp_path: Path) -> None:
 def test_a_batch_that_no_file_keeps_is_said_to_be_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recoup.export import artefact
+    from recoup.export import record as recorded
     from recoup.export.answers import answers
     from recoup.export.trained import Trained, coded
 
@@ -320,10 +353,39 @@ def test_a_batch_that_no_file_keeps_is_said_to_be_not_recorded(
         whole, part = answers(model, batch)
         (tmp_path / name).mkdir()
         found = Trained(modules=modules, places=places, example=batch, answers=whole, recorded=part)
-        artefact.write(tmp_path / name, "onnx", found)
+        recorded.write(tmp_path / name, "onnx", found)
         example = record(tmp_path / name)["example"]
         assert (example is not None) == kept
     assert example is None
+
+
+def test_a_quantizer_of_its_own_is_recorded(tmp_path: Path) -> None:
+    """One that belongs to no quantized module: of an output, of keys and values."""
+    from recoup.export import artefact, migrations
+    from recoup.export import record as recorded
+    from recoup.export.answers import answers
+    from recoup.export.rebuilt import quantizer
+    from recoup.export.trained import Trained, coded, lattices
+
+    spec = PRESETS["w8a8-static"].inputs
+    assert spec is not None
+    model = convert(ptq(nn.Sequential(nn.Linear(32, 8)), "w8a8-static", [torch.randn(4, 32)])).eval()
+    model.add_module("own", FakeQuantizer(spec, rows=None, columns=None))
+    model.own.set_range(torch.tensor([[-1.0]]), torch.tensor([[3.0]]))
+    (modules, places), x = coded(model), torch.randn(4, 32)
+    whole, part = answers(model, x)
+    found = Trained(
+        modules=modules, places=places, example=x, answers=whole, recorded=part, lattices=lattices(model)
+    )
+    assert set(found.lattices) == {"own"}
+    recorded.write(tmp_path, "onnx", found)
+    _, read = migrations.read(tmp_path)
+    assert read is not None
+    tensors = load_file(tmp_path / "artefact.tensors")
+    again = quantizer(
+        "own", read.lattices["own"], columns=None, state=artefact.state_of("lattice", "own", tensors)
+    )
+    assert torch.equal(again(x), model.own(x))
 
 
 # The command

@@ -1,17 +1,18 @@
 """Asks vLLM what it makes of every folder that recoup writes; run by hand, from the root of the repository:
 
-    python -m tests.export.vllm_parser VENV
+    python -m tests.export.vllm_parser VENV [VERSION]
 
-makes a virtual environment in VENV, which has vLLM and the compressed-tensors that it pins, and sees the
+makes a virtual environment in VENV, which has that vLLM and the compressed-tensors that it pins, and sees the
 packages of this one behind them (torch among them); writes a folder of every scheme of `llamas.SCHEMES`; and
-has vLLM parse config.json, choose a scheme for every layer, and make place for its tensors, on a pretended
-GPU of each capability in `GPUS`. No kernel is chosen and none runs: it shows which class of vLLM takes a
-layer, and that the tensors which that wants are those in the file, by name and shape.
+has vLLM parse config.json, choose a scheme and a kernel for every layer, and make place for its tensors, on a
+pretended GPU of each capability in `GPUS` that has every kernel installed. None runs: it shows which classes
+of vLLM take a layer, and that the tensors which those want are the ones in the file, by name and shape.
 
 What it prints stands in docs/export.md.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,26 +23,38 @@ from unittest.mock import MagicMock
 
 from safetensors.torch import load_file
 
-PINNED = ("vllm==0.33.0", "compressed-tensors==0.17.0")
+NEWEST = "0.33.0"
 # What vLLM imports on the way to its parser, and this environment lacks or has in another version.
 IMPORTED = (
     *("transformers>=5.16.1,<5.21", "aiohttp", "blake3", "cachetools", "cbor2", "cloudpickle", "fastapi"),
     *("llguidance", "msgspec", "openai", "openai-harmony", "partial-json-parser", "prometheus-client"),
-    *("py-cpuinfo", "pybase64", "pyzmq", "sentencepiece", "setproctitle", "uvloop", "xgrammar"),
+    *("einops", "py-cpuinfo", "pybase64", "pyzmq", "sentencepiece", "setproctitle", "uvloop", "xgrammar"),
 )
+KERNELS = ("humming-kernels", "cuda-bindings", "cuda-pathfinder")  # import without a GPU
 GPUS = {"Ampere": (8, 0), "Hopper": (9, 0), "Blackwell": (10, 0)}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+RECIPES = {
+    "w4a16, w8a8 and w8a16": {
+        "scheme": "w4a16",
+        "rules": [{"match": "*.mlp", "scheme": "w8a8"}, {"match": "*.o_proj", "scheme": "w8a16"}],
+    },
+    "fp8, kv fp8": {"scheme": "fp8", "kv": "fp8"},
+}
 # Layers as vLLM has them, and what the config calls the number of their inputs.
 LAYERS = {
     **{f"self_attn.{name}_proj": "hidden_size" for name in ("qkv", "o")},
     "mlp.gate_up_proj": "hidden_size",
     "mlp.down_proj": "intermediate_size",
 }
+THERE = re.compile("^has_(flashinfer|humming)|^cutlass_.*supports_")
+SCALES = re.compile("[.][kv]_scale$")  # of keys and values
 ONE_PROCESS = {"get_tensor_model_parallel_rank": 0, "get_tensor_model_parallel_world_size": 1}
 
 
-def main(where: Path) -> None:
+def main(where: Path, version: str = NEWEST) -> None:
     """Make the environment, write the folders, ask."""
+    from recoup import Recipe
+
     from .llamas import SCHEMES, written
 
     python = where / "bin" / "python"
@@ -50,11 +63,15 @@ def main(where: Path) -> None:
         (site,) = where.glob("lib/python*/site-packages")
         ours = next(path for path in sys.path if path.endswith("site-packages"))
         (site / "behind.pth").write_text(f"{ours}\n")
-        for packages in (("--no-deps", *PINNED), IMPORTED):
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        install = [python, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, "--no-deps", f"vllm=={version}", *KERNELS], check=True)
+        (metadata,) = site.glob("vllm-*.dist-info/METADATA")
+        pinned = re.findall("^Requires-Dist: (compressed-tensors==.*)$", metadata.read_text(), re.MULTILINE)
+        subprocess.run([*install, "--no-deps", *pinned], check=True)
+        subprocess.run([*install, *IMPORTED], check=True)
     with tempfile.TemporaryDirectory() as folders:
-        for name, scheme in SCHEMES.items():
-            written(scheme, Path(folders) / name)
+        for name, scheme in (SCHEMES | RECIPES).items():
+            written(Recipe.model_validate(scheme) if name in RECIPES else scheme, Path(folders) / name)
         answers = Path(folders) / "answers"
         subprocess.run([python, __file__, folders, answers], check=True, stdout=subprocess.DEVNULL)
         print(answers.read_text(), end="")
@@ -68,54 +85,102 @@ def ask(folders: Path, answers: Path) -> None:
         CompressedTensorsConfig,
     )
     from vllm.platforms import current_platform
-    from vllm.platforms.interface import DeviceCapability
+    from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
     _pretend()
-    rows: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {}
     for capability in GPUS.values():
         kind: Any = type(current_platform)
+        kind._enum = PlatformEnum.CUDA
         kind.is_cuda = lambda _: True
         kind.get_device_capability = lambda *_, c=capability, **__: DeviceCapability(*c)
         for folder in sorted(folders.iterdir()):
-            rows.setdefault(folder.name, []).append(_answer(CompressedTensorsConfig, folder))
+            cells.setdefault(folder.name, []).append(_answer(CompressedTensorsConfig, folder))
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, found in cells.items():
+        rows.setdefault(tuple(found), []).append(f"`{name}`")
     lines = [
         f"vLLM {vllm.__version__}, compressed-tensors {compressed_tensors.__version__}",
         f"| scheme | {' | '.join(GPUS)} |",
         "|---|" + "---|" * len(GPUS),
-        *(f"| `{name}` | {' | '.join(found)} |" for name, found in rows.items()),
+        *(f"| {', '.join(names)} | {' | '.join(found)} |" for found, names in rows.items()),
     ]
     answers.write_text("\n".join(lines) + "\n")
 
 
 def _pretend() -> None:
-    """One process, and some kernel: those cannot be asked without a GPU."""
+    """One process, a config of defaults, and every kernel that the GPU could run is installed."""
+    config = MagicMock()
+    config.compilation_config.custom_ops = ["none"]
     for name, module in list(sys.modules.items()):
         if not name.startswith("vllm."):
             continue
-        for function in ONE_PROCESS.keys() & vars(module).keys():
-            setattr(module, function, lambda size=ONE_PROCESS[function]: size)
-        for function in list(vars(module)) if ".compressed_tensors.schemes" in name else ():
-            if function.startswith(("init_", "choose_", "get_current_vllm_config")):
-                setattr(module, function, MagicMock(return_value=MagicMock(__name__="some kernel")))
+        for function in list(vars(module)):
+            if function in ONE_PROCESS:
+                setattr(module, function, lambda *_, size=ONE_PROCESS[function]: size)
+            elif function == "get_current_vllm_config":
+                setattr(module, function, lambda: config)
+            elif function == "CUTLASS_BLOCK_FP8_SUPPORTED":
+                setattr(module, function, True)
+            elif THERE.search(function):
+                least = 100 if "fp4" in function else 0
+                setattr(module, function, lambda gpu=100, least=least, **_: gpu >= least)
 
 
 def _answer(parser: Any, folder: Path) -> str:
     """The class that takes the layers of a folder, or why none does."""
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    parsed = parser.from_config(config["quantization_config"])
+    try:
+        parsed = parser.from_config(config["quantization_config"])
+    except ValueError as error:
+        return _refused(error)
     parsed.packed_modules_mapping = FUSED
     found: set[str] = set()
     for layer, columns in LAYERS.items():
         path = f"model.layers.0.{layer}"
         try:
             scheme = parsed.get_scheme(_layer(), path)
-        except (ValueError, NotImplementedError) as error:
-            found.add(f"refused: {str(error).split(' for layer_name')[0]}")
+            differences = _differences(scheme, path, config[columns], tensors)
+        except (ValueError, RuntimeError) as error:
+            found.add(_refused(error))
             continue
-        found.add(type(scheme).__name__.removeprefix("CompressedTensors"))
-        found |= _differences(scheme, path, config[columns], tensors)
+        found |= {
+            f"{type(scheme).__name__.removeprefix('CompressedTensors')} {_kernel(scheme)}",
+            *differences,
+        }
+    if parsed.kv_cache_scheme is not None:
+        found.add(_cache(parsed, tensors))
     return ", ".join(sorted(found))
+
+
+def _cache(parsed: Any, tensors: Any) -> str:
+    """What vLLM makes of the scheme of keys and values, and of the names of their scales."""
+    import torch
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+    from vllm.model_executor.model_loader.weight_utils import maybe_remap_kv_scale_name
+
+    layer = torch.nn.Module()
+    layer.num_kv_heads = 2
+    compressed_tensors.CompressedTensorsKVCacheMethod(parsed).create_weights(layer)
+    places = {f"model.layers.0.self_attn.attn.{name}": place for name, place in layer.named_parameters()}
+    stored = {
+        maybe_remap_kv_scale_name(name, places): tensors[name] for name in tensors if SCALES.search(name)
+    }
+    found = [str(name).rpartition(".")[2] for name in stored if places[name].shape == stored[name].shape]
+    return f"{parsed.kv_cache_scheme['type']}{parsed.kv_cache_scheme['num_bits']} cache ({', '.join(found)})"
+
+
+def _refused(error: Exception) -> str:
+    """With the reason, without the layer."""
+    return "refused: " + " ".join(str(error).split(" for layer_name")[0].split())[:120]
+
+
+def _kernel(scheme: Any) -> str:
+    """The class that computes the product."""
+    kernels = {type(value).__name__ for value in vars(scheme).values()}
+    (kernel,) = {name for name in kernels if name.endswith("Kernel")} or {"(no kernel asked)"}
+    return kernel.removesuffix("Kernel").removesuffix("Linear")
 
 
 def _layer() -> Any:
@@ -155,4 +220,4 @@ def _differences(scheme: Any, path: str, columns: int, tensors: Any) -> set[str]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1])) if len(sys.argv) == 2 else ask(*map(Path, sys.argv[1:]))
+    ask(*map(Path, sys.argv[1:])) if __package__ is None else main(Path(sys.argv[1]), *sys.argv[2:])

@@ -225,7 +225,7 @@ def test_the_folder_holds_all_that_was_promised(real: dict[str, Any]) -> None:
     assert real["result"].outcome == "passed"
     assert {path.name for path in folder.iterdir()} == FILES | {"artefact"}
     assert {path.name for path in (folder / "artefact").iterdir()} == {
-        *("model.onnx", "parity.json", "artefact.json", "artefact.safetensors")
+        *("model.onnx", "parity.json", "artefact.json", "artefact.tensors")
     }
     assert Recipe.load(folder / "recipe.yaml") == recipe("w4a8")
     assert Plan.from_json(json.loads((folder / "plan.json").read_text())) == real["plan"]

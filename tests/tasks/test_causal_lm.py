@@ -20,6 +20,7 @@ from recoup.tasks import task as task_module
 from recoup.tasks.assets import about
 from recoup.tasks.causal_lm import Settings, score
 from recoup.tasks.packing import PASSAGE
+from recoup.tasks.pretrained import load_causal_lm
 
 WORDS = 60
 END = 0
@@ -198,6 +199,19 @@ def test_the_model_keeps_no_cache_and_its_task_loss_is_its_own(task: Task) -> No
         "input_ids": (4, CONTEXT),
         "labels": (4, CONTEXT),
     }
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["generation_config.json", "config.json alone"])
+@pytest.mark.parametrize("cache", [True, False], ids=["with cache", "without"])
+def test_whether_it_generates_with_a_cache_is_what_the_folder_says(
+    tmp_path: Path, cache: bool, described: bool
+) -> None:
+    save_model(tmp_path, use_cache=cache)
+    if not described:
+        (tmp_path / "generation_config.json").unlink()
+    model: Any = load_causal_lm(tmp_path)[0]
+    assert model.config.use_cache is False
+    assert model.generation_config.use_cache is cache
 
 
 def test_batches_are_counted_shuffled_by_seed_and_disjoint(tmp_path: Path, settings: dict[str, Any]) -> None:

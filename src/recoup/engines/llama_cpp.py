@@ -122,6 +122,12 @@ class Server:
         """One pass over a sequence, from scratch, and nothing else: what is timed."""
         self._ask("/completion", {"prompt": ids, "n_predict": 1, "temperature": 0, "cache_prompt": False})
 
+    def generate(self, ids: list[int], *, max_new_tokens: int) -> list[int]:
+        """The most likely words after a prompt that is read from scratch, but for those that would end it."""
+        body: dict[str, Any] = {"prompt": ids, "n_predict": max_new_tokens, "cache_prompt": False}
+        body |= {"temperature": 0, "ignore_eos": True, "return_tokens": True}
+        return self._ask("/completion", body)["tokens"]
+
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text, without the tokens that begin and end a sequence."""
         return self._ask("/tokenize", {"content": text, "add_special": False, "parse_special": False})[
@@ -220,15 +226,15 @@ class LlamaCpp(nn.Module):
 
 
 class Prompts(nn.Module):
-    """A file in llama.cpp that reads every sequence of a batch, and answers nothing: for its speed.
+    """A file in llama.cpp that reads every sequence of a batch, or goes on with it: for its speed.
 
-    The server keeps the model's last place for a word that follows, so a sequence that fills the context is
-    read up to it.
+    Called, it answers nothing. The server keeps the model's last place for a word that follows, so a sequence
+    that fills the context is read up to it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
         super().__init__()
-        self.file, self._server = model_file(path), None
+        self.file, self.threads, self._server = model_file(path), threads, None
         with _metadata(self.file) as reader:
             self.longest = _longest(reader) - 1
 
@@ -236,10 +242,37 @@ class Prompts(nn.Module):
         """One pass over each; other inputs of the batch are not llama.cpp's."""
         del others
         input_ids = input_ids[:, : self.longest]
-        if self._server is None or self._server.context < input_ids.shape[1]:
-            self._server = Server(self.file, context=input_ids.shape[1], hidden=False)
+        server = self._serving(input_ids.shape[1])
         for ids in input_ids.tolist():
-            self._server.read_prompt(ids)
+            server.read_prompt(ids)
+
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
+        """The most likely words, one sequence after the other, but for those that would end one.
+
+        Args:
+            input_ids: the prompts (samples, tokens), without padding.
+            max_new_tokens: of every sample.
+
+        Returns:
+            The new tokens (samples, max_new_tokens).
+
+        Raises:
+            ValueError: prompt and new tokens are longer than the model's sequences.
+        """
+        tokens = input_ids.shape[1] + max_new_tokens
+        if tokens > self.longest + 1:
+            raise ValueError(
+                f"{self.file}: {tokens} tokens asked, a sequence of it has at most {self.longest + 1}"
+            )
+        server = self._serving(tokens)
+        return torch.tensor(
+            [server.generate(ids, max_new_tokens=max_new_tokens) for ids in input_ids.tolist()]
+        )
+
+    def _serving(self, context: int) -> Server:
+        if self._server is None or self._server.context < context:
+            self._server = Server(self.file, context=context, hidden=False, threads=self.threads)
+        return self._server
 
 
 def peak_bytes(folder: Path, batch: Batch) -> int:

@@ -1,6 +1,6 @@
 """What a trained model answers to a batch, and how far from it an engine's answers may be.
 
-Two things make two correct engines differ. Rounding errors of sums: `_shaken`. And, where inputs are
+Two things make two correct engines differ. Rounding errors of sums: `shaken`. And, where inputs are
 quantized, a rounding error that flips a code: every later code of that token may then fall the other way,
 until the two runs are as far apart as if one of them rounded at random. That is at most what quantizing the
 inputs changes at all, so that is the allowance for it.
@@ -118,12 +118,12 @@ def answers(
     trained = call(model, example)
     with quantization_off(model):
         plain = call(model, example)
-        with _shaken(model, weight_roundoff):
-            shaken = call(model, example)
+        with shaken(model, weight_roundoff):
+            noisily = call(model, example)
     size = sum(value.nbytes for value in named_rows(trained).values())
 
     def of(every: int) -> Answers:
-        values, others, noisy = (named_rows(outputs, every) for outputs in (trained, plain, shaken))
+        values, others, noisy = (named_rows(outputs, every) for outputs in (trained, plain, noisily))
         allowed = 3 * relative_rms(others, noisy) + lattices * relative_rms(values, others)
         allowed_nats = allowed_flip = None
         if WORDS in values:
@@ -201,7 +201,7 @@ def same_word(reference: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _shaken(model: nn.Module, weight_roundoff: float) -> Generator[None]:
+def shaken(model: nn.Module, weight_roundoff: float = 0.0) -> Generator[None]:
     """Noise on the input of every quantized module, of the size of the rounding error of a sum.
 
     That is 2^-24 sqrt(K) times the input's RMS for a sum of K terms (Higham 2002, section 4.2); a relative

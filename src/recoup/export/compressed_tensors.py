@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from recoup.engines.transformers import silent
 from recoup.export import compressed_tensors_config as schema
 from recoup.export.fused import check_fused
-from recoup.nn import CodedLinear, FakeQuantizer
+from recoup.nn import CodedLinear, FakeQuantizer, cache_quantizers
 from recoup.numerics import BFLOAT16, E2M1, E4M3, E8M0, FLOAT16, FLOAT32, Format, IntFormat, QuantSpec
 from recoup.schemes import Scheme
 
+CACHE_SCALES = ("k_scale", "v_scale")
 _BFLOAT16_ONLY = {schema.MXFP8, schema.MXFP4, schema.NVFP4}
 _DTYPES: dict[Format, torch.dtype] = {
     FLOAT32: torch.float32,
@@ -112,7 +113,16 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     state = kept(model)
     for path, module in coded.items():
         state |= {f"{path}.{name}": tensor.contiguous() for name, tensor in stored(module).items()}
-    return state
+    return state | cache_scales(model)
+
+
+def cache_scales(model: nn.Module) -> dict[str, Tensor]:
+    """The scales of keys and values, by their names beside the projections."""
+    return {
+        f"{path}.{name}": quantizer.stored_qparams.scale.detach().reshape(1)
+        for path, quantizers in cache_quantizers(model).items()
+        for name, quantizer in zip(CACHE_SCALES, quantizers, strict=True)
+    }
 
 
 def kept(model: nn.Module) -> dict[str, Tensor]:
@@ -122,7 +132,7 @@ def kept(model: nn.Module) -> dict[str, Tensor]:
         for path, module in model.named_modules()
         if isinstance(module, CodedLinear)
         for part in ("weight", "input_quantizer")
-    )
+    ) + tuple(f"{path}.{part}_quantizer." for path in cache_quantizers(model) for part in ("key", "value"))
     dtype, cast = kept_dtype(model), dict[int, Tensor]()
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

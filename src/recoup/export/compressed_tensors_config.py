@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from recoup.nn import CodedLinear
+from recoup.nn import CodedLinear, cache_quantizers
 from recoup.numerics import (
     BFLOAT16,
     E2M1,
@@ -89,6 +89,24 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
         raise ValueError(f"{path}: {error}") from None
 
 
+def check_cache(spec: QuantSpec) -> None:
+    """Can a folder say that keys and values are kept so, and do its readers keep them so?
+
+    vLLM and SGLang read E4M3 with one static scale, and no other (vLLM:
+    `CompressedTensorsKVCacheMethod.validate_kv_cache_scheme`). transformers holds the scale in the model's
+    dtype, vLLM in float32.
+
+    Raises:
+        ValueError: no; says what to do.
+    """
+    e4m3 = spec.format == E4M3 and spec.granularity == per_tensor and spec.symmetric
+    if not (e4m3 and spec.scale_format == BFLOAT16) or spec.scale_rule == "signed-max":
+        raise ValueError(
+            f"kv: {spec} ({spec.scale_rule}, scales in {spec.scale_format}) cannot be written for "
+            "compressed-tensors, whose readers keep e4m3 with one scale; take kv: fp8"
+        )
+
+
 def kernel(scheme: Scheme, kind: type) -> str:
     """How it is stored: the name of the format, from which readers choose their kernels."""
     del kind
@@ -152,9 +170,16 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             "format": formats[0] if len(formats) == 1 else MIXED,
             "quantization_status": "compressed",
             "ignore": [path for path, module in model.named_modules() if isinstance(module, nn.Linear)],
+            "kv_cache_scheme": _cache(model),
         }
     )
     return config.model_dump(mode="json", exclude={"moe_sparsity_config"})  # older readers forbid the key
+
+
+def _cache(model: nn.Module) -> dict[str, Any] | None:
+    """The arguments of keys and values; None where they stay in float."""
+    specs = [key.spec for key, _ in cache_quantizers(model).values()]
+    return _arguments(specs[0], row="") if specs else None
 
 
 def _weights_name(spec: QuantSpec) -> str:

@@ -21,12 +21,16 @@ from recoup.export import compressed_tensors_config as schema
 from recoup.export.answers import answers
 from recoup.export.parity import Array, Parity, ParityError
 from recoup.export.trained import (
+    KEPT,
     Layer,
     Stored,
     Trained,
+    cached,
+    check_cached,
     check_modules,
     check_stored,
     coded,
+    lattices,
     tensors_of,
 )
 from recoup.nn import Batch, CodedLinear, CodedModule, Codes, FakeQuantizer, call, cut
@@ -56,6 +60,8 @@ def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
         example=example,
         answers=answered,
         recorded=recorded,
+        lattices=lattices(model),
+        cached=cached(model),
         kept=writer.kept(model),
     )
 
@@ -82,27 +88,40 @@ def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
     return found
 
 
+def stored_cached(folder: Path) -> dict[str, Array]:
+    """The scales of keys and values from the bytes, as `cached` names them."""
+    kinds = dict(zip(writer.CACHE_SCALES, KEPT, strict=True))
+    return {
+        f"{path}.{kinds[scale]}": tensor.numpy()
+        for name, tensor in read_tensors(folder).items()
+        for path, _, scale in [name.rpartition(".")]
+        if scale in kinds
+    }
+
+
 @torch.no_grad()
 def compare(trained: Trained, folder: Path) -> Parity:
     """Compare a folder with what was trained.
 
     Every code and scale in the bytes equals the trained one, and the folder quantizes these modules and no
     others. Loaded by transformers, every kept tensor is the model's, every decompressed weight is what its
-    codes stand for, every module's output is within its bound, and the outputs differ by no more than
-    rounding explains; so do a language model's next words.
+    codes stand for, every module's output is within its bound, as is what a quantized KV cache holds, and the
+    outputs differ by no more than rounding explains; so do a language model's next words.
 
     Raises:
         ParityError: one of these does not hold; names it.
     """
     found = stored(folder, trained.layers)
     codes, scales = check_stored(trained.modules, found)
+    scales += check_cached(trained.cached, stored_cached(folder))
     for path, module in trained.modules.items():
         for name in ("global_divisor", "input_global_divisor", "input_scale"):
             if name in tensors_of(module) and name not in found[path]:
                 raise ParityError(f"{path}: {_OTHERS[name][0]} is missing")
     engine = load(folder)
     described = {name for name, module in engine.named_modules() if hasattr(module, "quantization_scheme")}
-    check_modules("transformers, reading config.json, quantizes", described, trained.modules)
+    planned = {*trained.modules, *_attentions(trained)}
+    check_modules("transformers, reading config.json, quantizes", described, planned)
     _same_dense_tensors(trained, engine)
     outputs, worst = _compared(trained, engine)
     agreement = trained.answers.agree(outputs, "transformers")
@@ -194,9 +213,8 @@ def _compared(trained: Trained, engine: nn.Module) -> tuple[Any, float]:
     """The engine's outputs, and the largest difference of a module from the trained one, by its bound."""
     worst = 0.0
 
-    def compare(path: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def compare(path: str, output: Tensor, expected: Tensor, bound: Tensor) -> None:
         nonlocal worst
-        expected, bound = _expected(trained.modules[path], inputs[0])
         share = float(((output.double() - expected).abs() / bound).max())
         if not share <= 1:
             raise ParityError(
@@ -204,15 +222,32 @@ def _compared(trained: Trained, engine: nn.Module) -> tuple[Any, float]:
             )
         worst = max(worst, share)
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
-        return lambda _, inputs, output: compare(path, inputs, output)
+    def linear(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        return lambda _, inputs, output: compare(path, output, *_expected(trained.modules[path], inputs[0]))
 
-    handles = [engine.get_submodule(path).register_forward_hook(hook(path)) for path in trained.modules]
+    def cache(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+            for kind, x, kept in zip(KEPT, inputs, output, strict=False):
+                quantizer = trained.cached[f"{path}.{kind}"]
+                compare(quantizer.path, kept, quantizer(x).double(), _input_slack(quantizer, x))
+
+        return hook
+
+    handles = [engine.get_submodule(path).register_forward_hook(linear(path)) for path in trained.modules]
+    handles += [
+        engine.get_submodule(f"{path}.kv_cache").register_forward_hook(cache(path))
+        for path in _attentions(trained)
+    ]
     try:
         return call(engine, trained.example), worst
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _attentions(trained: Trained) -> set[str]:
+    """The attention modules whose keys and values are quantized."""
+    return {name.rpartition(".")[0] for name in trained.cached}
 
 
 def _expected(module: CodedModule, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from recoup.convert import convert
-from recoup.export import artefact
+from recoup.export import record
 from recoup.export.fields import too_wide
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
 from recoup.nn import (
     CODED_MODULES,
     Batch,
+    cache_quantizers,
     cut,
     is_coded,
     is_prepared,
@@ -47,7 +48,9 @@ _PROCESSOR_FILES = (
 )
 
 
-def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int = 1) -> dict[str, str]:
+def preflight(
+    model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int = 1, consumer: str | None = None
+) -> dict[str, str]:
     """Can the target's engine run this plan? Asked before any calibration or training.
 
     Args:
@@ -55,14 +58,16 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
         plan: from `resolve`.
         target: a key of `TARGETS`.
         tensor_parallel: devices over which the engine will split every matrix.
+        consumer: who will read the artefact, as "vllm" or "vllm>=0.27"; None asks for no more than the
+            engine that proves it.
 
     Returns:
         What computes every quantized module there, or how it is stored, by name. Where codes lie in fields
         wider than they need, that says so, and a warning says what it costs.
 
     Raises:
-        ValueError: no such target, or a model or a module whose scheme the engine cannot run, or not on so
-            many devices; names them.
+        ValueError: no such target, or a model or a module whose scheme the engine, or the consumer, cannot
+            run, or not on so many devices; names them.
         ImportError: the target's libraries are not installed; names the extra.
     """
     modules: dict[str, tuple[Scheme, type]] = {}
@@ -74,8 +79,12 @@ def preflight(model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int
     there.check(model, modules)
     for path, spec in plan.outputs.items():
         there.output(path, spec)
+    if plan.kv is not None:
+        there.cache(plan.kv)
     if tensor_parallel > 1:
         there.split(model, modules, tensor_parallel)
+    if consumer is not None:
+        there.serve(modules, consumer)
     widths = {path: (scheme, there.width(scheme, kind)) for path, (scheme, kind) in modules.items()}
     for line in too_wide(model, widths):
         warnings.warn(f"{target}: {line}", stacklevel=2)
@@ -112,7 +121,7 @@ def export(
 
     Returns:
         What was compared, and how close it is; also in the folder, as parity.json. What `verify` compares
-        it with later is in artefact.json and artefact.safetensors.
+        it with later is in artefact.json and artefact.tensors.
 
     Raises:
         ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
@@ -131,6 +140,8 @@ def export(
     writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
     for path, quantizer in output_quantizers(coded).items():
         writer.output(path, quantizer.spec)
+    for key, _ in cache_quantizers(coded).values():
+        writer.cache(key.spec)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         writing(folder),
@@ -142,7 +153,7 @@ def export(
         writer.write(coded, unproven, example)
         trained = writer.trained(coded, unproven, example)
         parity = writer.compare(trained, unproven)
-        artefact.write(unproven, target, trained)
+        record.write(unproven, target, trained)
         (unproven / PARITY_FILE).write_text(json.dumps(parity.to_json(), indent=2) + "\n")
         if folder.exists():
             folder.rmdir()

@@ -21,7 +21,7 @@ from recoup.export import gguf_blocks as blocks
 from recoup.export import gguf_vocabulary as vocabulary
 from recoup.export.answers import WORDS, answers
 from recoup.export.parity import Array, Parity, ParityError
-from recoup.export.trained import Layer, Stored, Trained, check_stored, coded
+from recoup.export.trained import Layer, Stored, Trained, check_stored, coded, lattices
 from recoup.nn import Batch, CodedLinear, Codes
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -54,6 +54,7 @@ def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
         example=batch,
         answers=answered,
         recorded=recorded,
+        lattices=lattices(model),
         kept=writer.kept(model),
     )
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from recoup.engines import transformers
 from recoup.engines.safetensors_file import read_safetensors
-from recoup.export import artefact as record
-from recoup.export import checkpoints
+from recoup.export import artefact, checkpoints
 from recoup.export.artefact import Artefact
 from recoup.export.checkpoints import Checkpoint
 from recoup.export.float_model import Distance, Weights, distance, outputs_apart, outputs_of_weights
@@ -41,7 +40,7 @@ def of_artefact(
     checks = [_weights(apart)]
     if found.example is None:
         return apart, [*checks, not_checked("float", "the folder has no batch to run")]
-    batch, _ = record.example_of(found, read_safetensors(folder / record.TENSORS))
+    batch, _ = artefact.example_of(found, read_safetensors(folder / artefact.TENSORS))
     try:
         said = outputs_apart(call(transformers.load(model), batch), call(target.load(folder), batch))
         checks.append(Check(what="float", outcome="measured", found=f"outputs {said}"))
@@ -57,7 +56,7 @@ def of_another_tool(folder: Path, model: Path | None) -> Verification:
         ValueError: it is no quantized checkpoint, or one that is not understood; says what.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no {record.FILE}; expected a folder that recoup export wrote")
+        raise ValueError(f"{folder}: no {artefact.FILE}; expected a folder that recoup export wrote")
     found = checkpoints.read(folder)
     checks = [_quantized(found), not_checked("engine", "nothing was recorded to compare its answers with")]
     apart = None

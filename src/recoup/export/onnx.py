@@ -35,6 +35,7 @@ from recoup.nn import (
 from recoup.schemes import Scheme
 
 OPSET = 21
+SCOPES = "pkg.torch.onnx.name_scopes"  # as torch writes it: a list of names, the node's own last
 FILE = "model.onnx"
 MODULES = "recoup.modules"  # like OUTPUTS a key of the file's metadata
 TIED = "recoup.tied"
@@ -193,9 +194,15 @@ def _trace(model: nn.Module, form: Traced, opset: int) -> Any:
         for module, mode in modes.items():
             module.training = mode
     assert program is not None
-    stored = program.model.graph.initializers
-    for value in list(stored.values()):
+    graph = program.model.graph
+    for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix(form.prefix)
+    for node in graph.all_nodes():  # where in whose files it was traced: kilobytes for every node
+        scopes = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        if scopes is not None:  # the modules around it, by which advice names them
+            node.metadata_props[SCOPES] = scopes
+        node.doc_string = None
     return program
 
 

@@ -7,7 +7,7 @@ What is proven where:
                              each is within its bound, which follows from its arithmetic (`parity.expected`),
                              not from what was observed. A value that is returned cannot be fused away
     in the session of users  so what onnxruntime fuses only without taps is judged by the outputs alone, end
-                             to end (see `answers.py`)
+                             to end (see `answers.py`), and word after word (see `onnx_decoding.py`)
 """
 
 import json
@@ -24,32 +24,40 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OnnxModel
-from recoup.export import onnx_bytes
+from recoup.export import onnx_bytes, onnx_cache
 from recoup.export.answers import answers
 from recoup.export.onnx import AGAIN, FILE, MODULES, TIED
+from recoup.export.onnx_decoding import generation
 from recoup.export.onnx_integer_conv import ROUNDED_AS
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Array, Parity, ParityError, equal, expected
 from recoup.export.tracing import positional
-from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
-from recoup.nn import OUTPUT, Batch, FakeQuantizer, call, output_quantizers
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded, lattices
+from recoup.nn import OUTPUT, Batch, FakeQuantizer, call
 from recoup.numerics import QuantSpec, dequantize
 
 
 @torch.no_grad()
 def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
-    """What folder/model.onnx is compared with, from the converted model."""
+    """What folder/model.onnx is compared with, from the converted model; also word after word."""
+    spoken = generation(model, example) if onnx_cache.decodes(model, example) else None
+    return replace(trained_whole(model, folder, example), generation=spoken)
+
+
+@torch.no_grad()
+def trained_whole(model: nn.Module, folder: Path, example: Batch) -> Trained:
+    """The same of a file that is for whole sequences."""
     del folder
     modules, places = coded(model)
     answered, recorded = answers(model, example)
     return Trained(
         modules=modules,
         places=places,
-        outputs=output_quantizers(model),
         example=example,
         answers=answered,
         recorded=recorded,
+        lattices=lattices(model),
     )
 
 
@@ -102,7 +110,7 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
     codes, scales = check_stored(trained.modules, stored(folder, trained.layers))
     file = onnx.load(folder / FILE)
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
-    outputs = {f"{path}.{OUTPUT}": quantizer for path, quantizer in trained.outputs.items()}
+    outputs = {name: each for name, each in trained.lattices.items() if name.endswith(f".{OUTPUT}")}
     _same_outputs(file, {called.partition(AGAIN)[0] for called in mapped} - set(trained.modules), outputs)
     results = _OpenedFile(file, folder, mapped, load).run(trained.example)
     worst = 0.0
@@ -122,7 +130,9 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
                 f"{path}: {engine}'s output is {float(excess):.3g} times its bound from the trained one"
             )
         worst = max(worst, float(excess))
-    found = trained.answers.agree(call(load(folder), trained.example), engine)
+    shipped = load(folder)
+    found = trained.answers.agree(call(shipped, trained.example), engine)
+    spoken = trained.generation.agree(shipped) if trained.generation and shipped.presents else (None, None)
     return Parity(
         modules=len(trained.modules),
         codes=codes,
@@ -131,6 +141,8 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
         end_to_end=found.drift,
         divergence=found.nats,
         same_word=found.same_word,
+        decoded=spoken[0],
+        ties=spoken[1],
     )
 
 

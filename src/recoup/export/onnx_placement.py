@@ -17,6 +17,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from recoup.export.onnx import SCOPES
+
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # Rounding before them or after is the same, so TensorRT moves a QuantizeLinear through.
 COMMUTING = frozenset(
@@ -25,7 +27,6 @@ COMMUTING = frozenset(
 )
 _VIEWS = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Pad"})
 _WEIGHT_TYPES = frozenset({"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"})
-_SCOPES = "pkg.torch.onnx.name_scopes"  # as torch writes it: a list of names, the node's own last
 _INPUT_TYPES = _WEIGHT_TYPES - {"INT4"}
 
 
@@ -68,7 +69,7 @@ class Wires:
         module = self.module(node).removeprefix(" of ").split(".")
         if module != [""]:
             return [".".join(module[:end]) for end in range(1, len(module) + 1)]
-        traced = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+        traced = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
         return [scope for scope in ast.literal_eval(traced)[:-1] if scope]
 
     def weighted(self) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto]]:

@@ -34,6 +34,8 @@ class Parity:
         divergence: of a model that answers logits: the mean Kullback-Leibler divergence of the engine's next
             word (or class) from the trained model's, in nats; None where it is not asked.
         same_word: the share of places where both find the same word or class most likely; None likewise.
+        decoded: of a file that decodes: words that were compared with what the trained model generates.
+        ties: how many of them differ, each no further from the trained one than rounding explains.
         engine: what computed it, where that is not the engine that the target is named for.
         falls_back: what is not multiplied in codes, by node or module: what it falls back to, and why.
     """
@@ -45,6 +47,8 @@ class Parity:
     end_to_end: float
     divergence: float | None = None
     same_word: float | None = None
+    decoded: int | None = None
+    ties: int | None = None
     engine: str | None = None
     falls_back: Mapping[str, str] | None = None
 
@@ -62,6 +66,8 @@ class Parity:
         parts.append(f"end to end {self.end_to_end:.1e} (relative, RMS)")
         if self.divergence is not None and self.same_word is not None:
             parts.append(f"next words {self.divergence:.1e} nats apart, {self.same_word:.0%} the same")
+        if self.decoded is not None:
+            parts.append(f"{self.decoded} words decoded as generated, {self.ties} of them ties")
         if self.falls_back:
             parts.append(f"in floats: {len(self.falls_back)} (parity.json names them)")
         if self.engine is not None:

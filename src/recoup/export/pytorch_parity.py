@@ -21,7 +21,7 @@ from recoup.export.answers import answers
 from recoup.export.parity import Array, Parity, ParityError, expected
 from recoup.export.pytorch_modules import container_bits, container_zero, multiplies_integers
 from recoup.export.tracing import positional
-from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded, lattices
 from recoup.nn import Batch, CodedLinear
 from recoup.numerics import QuantSpec
 
@@ -35,7 +35,14 @@ def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
     modules, places = coded(model)
     roundoff = max((_narrowing(module.weight.dtype) for module in modules.values()), default=0.0)
     answered, recorded = answers(model, example, weight_roundoff=roundoff)
-    return Trained(modules=modules, places=places, example=example, answers=answered, recorded=recorded)
+    return Trained(
+        modules=modules,
+        places=places,
+        example=example,
+        answers=answered,
+        recorded=recorded,
+        lattices=lattices(model),
+    )
 
 
 def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:

@@ -139,6 +139,30 @@ def rebuilt(
     return layer.kind(prepared, codes).eval()
 
 
+def quantizer(
+    path: str, spec: QuantSpec, *, columns: int | None, state: Mapping[str, Tensor]
+) -> FakeQuantizer:
+    """The quantizer of an input, or of keys or values.
+
+    Args:
+        path: its name, for messages.
+        spec: the lattice.
+        columns: as `FakeQuantizer` has them.
+        state: its scales.
+
+    Raises:
+        ValueError: that is not its state.
+    """
+    made = FakeQuantizer(spec, rows=None, columns=columns)
+    made.path = path
+    try:
+        made.load_state_dict(dict(state))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not the state of its quantizer ({reason})") from None
+    return made
+
+
 def _convolution(path: str, layer: Layer, convolution: Convolution | None) -> dict[str, Any]:
     if convolution is None:
         raise ValueError(f"{path}: a convolution without its strides and padding")
@@ -156,22 +180,5 @@ def _quantizer(
     spec = layer.scheme.inputs
     if spec is None:
         return nn.Identity()
-    return quantizer_of(f"{path}.input", spec, None if issubclass(layer.kind, CodedConv) else columns, state)
-
-
-def quantizer_of(
-    path: str, spec: QuantSpec, columns: int | None, state: Mapping[str, Tensor]
-) -> FakeQuantizer:
-    """The quantizer of an input or an output.
-
-    Raises:
-        ValueError: that is not its state.
-    """
-    try:
-        quantizer = FakeQuantizer(spec, rows=None, columns=columns)
-        quantizer.path = path
-        quantizer.load_state_dict(dict(state))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not the state of its quantizer ({reason})") from None
-    return quantizer
+    features = None if issubclass(layer.kind, CodedConv) else columns
+    return quantizer(f"{path}.input", spec, columns=features, state=state)

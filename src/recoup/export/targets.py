@@ -13,7 +13,7 @@ from torch import nn
 
 from recoup.engines import llama_cpp, onnx_standard, onnxruntime, pytorch, transformers
 from recoup.export.fused import share_global_scales
-from recoup.export.parity import Parity
+from recoup.export.parity import Array, Parity
 from recoup.export.trained import Layer, Stored, Trained
 from recoup.nn import Batch
 from recoup.numerics import QuantSpec
@@ -38,6 +38,9 @@ class Target:
         output: (module, spec of its quantized output); raises ValueError for what the files cannot hold.
         split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
             parts of every matrix on a device each.
+        serve: (what is quantized, reader); raises ValueError where that reader of the artefact does not
+            compute what was trained.
+        cache: spec of keys and values; raises ValueError where the artefact cannot hold it.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
             a module knows; whoever calibrates calls it before measuring.
         write: (converted or float model, folder, example); the files of the tokenizer or image processor are
@@ -45,6 +48,7 @@ class Target:
         trained: (converted model, folder, example) -> what the folder has to agree with.
         stored: (folder, {module: layer}) -> codes and scales of every module from the bytes alone; raises
             ParityError for other modules.
+        stored_cached: folder -> scales of keys and values from the bytes alone, by name.
         compare: (what was trained, folder); the proof. Raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
         timed: its engine here says something about speed.
@@ -58,10 +62,13 @@ class Target:
     width: Callable[[Scheme, type], int]
     output: Callable[[str, QuantSpec], None]
     split: Callable[[nn.Module, Quantized, int], None]
+    serve: Callable[[Quantized, str], None]
+    cache: Callable[[QuantSpec], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
     trained: Callable[[nn.Module, Path, Batch], Trained]
     stored: Callable[[Path, Mapping[str, Layer]], dict[str, Stored]]
+    stored_cached: Callable[[Path], Mapping[str, Array]]
     compare: Callable[[Trained, Path], Parity]
     load: Callable[[Path], nn.Module]
     timed: bool
@@ -109,6 +116,26 @@ def _one_device(model: nn.Module, modules: Quantized, devices: int) -> None:
     )
 
 
+def _one_reader(modules: Quantized, consumer: str) -> None:
+    del modules
+    raise ValueError(
+        f"export.consumer: {consumer} asked, this target has one reader; leave it out, or export to "
+        "compressed-tensors"
+    )
+
+
+def _no_cache(spec: QuantSpec) -> None:
+    raise ValueError(
+        f"kv: {spec} asked, this target's artefacts hold no scales of keys and values; leave kv out, or "
+        "export to compressed-tensors"
+    )
+
+
+def _none_cached(folder: Path) -> dict[str, Array]:
+    del folder
+    return {}
+
+
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         extra="onnx",
@@ -118,10 +145,13 @@ TARGETS: dict[str, Target] = {
         width=_of("onnx_nodes", "width"),
         output=_no_output,
         split=_one_device,
+        serve=_one_reader,
+        cache=_no_cache,
         settle=_as_it_is,
         write=_of("onnx", "write"),
         trained=_of("onnx_parity", "trained"),
         stored=_of("onnx_parity", "stored"),
+        stored_cached=_none_cached,
         compare=_of("onnx_parity", "compare"),
         load=onnxruntime.OnnxModel,
         timed=True,
@@ -140,10 +170,13 @@ TARGETS: dict[str, Target] = {
         width=_of("onnx_qdq", "width"),
         output=_of("onnx_qdq", "check_output"),
         split=_one_device,
+        serve=_one_reader,
+        cache=_no_cache,
         settle=_of("onnx_settle", "share_input_scales"),
         write=_of("onnx_qdq", "write"),
-        trained=_of("onnx_parity", "trained"),
+        trained=_of("onnx_parity", "trained_whole"),
         stored=_of("onnx_parity", "stored"),
+        stored_cached=_none_cached,
         compare=_of("onnx_qdq_parity", "compare"),
         load=onnx_standard.StandardOnnx,
         timed=False,
@@ -157,10 +190,13 @@ TARGETS: dict[str, Target] = {
         width=_its_bits,
         output=_no_output,
         split=_of("tensor_parallel", "check_split"),
+        serve=_of("compressed_tensors_consumers", "check_consumer"),
+        cache=_of("compressed_tensors_config", "check_cache"),
         settle=share_global_scales,
         write=_of("compressed_tensors", "write"),
         trained=_of("compressed_tensors_parity", "trained"),
         stored=_of("compressed_tensors_parity", "stored"),
+        stored_cached=_of("compressed_tensors_parity", "stored_cached"),
         compare=_of("compressed_tensors_parity", "compare"),
         load=transformers.load,
         timed=False,
@@ -174,10 +210,13 @@ TARGETS: dict[str, Target] = {
         width=_of("pytorch_modules", "width"),
         output=_no_output,
         split=_one_device,
+        serve=_one_reader,
+        cache=_no_cache,
         settle=_as_it_is,
         write=_of("pytorch", "write"),
         trained=_of("pytorch_parity", "trained"),
         stored=_of("pytorch_parity", "stored"),
+        stored_cached=_none_cached,
         compare=_of("pytorch_parity", "compare"),
         load=pytorch.PytorchModel,
         timed=True,
@@ -196,10 +235,13 @@ TARGETS: dict[str, Target] = {
         width=_its_bits,
         output=_no_output,
         split=_one_device,
+        serve=_one_reader,
+        cache=_no_cache,
         settle=_as_it_is,
         write=_of("gguf", "write"),
         trained=_of("gguf_parity", "trained"),
         stored=_of("gguf_parity", "stored"),
+        stored_cached=_none_cached,
         compare=_of("gguf_parity", "compare"),
         load=llama_cpp.LlamaCpp,
         timed=True,

@@ -1,16 +1,18 @@
 """What a file is compared with: at export the trained model, later what the folder recorded of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from recoup.export.answers import Answers
+from recoup.export.onnx_decoding import Generation
 from recoup.export.parity import Array, ParityError, equal
-from recoup.nn import Batch, CodedModule, FakeQuantizer, is_coded
+from recoup.nn import Batch, CodedModule, FakeQuantizer, cache_quantizers, is_coded
 from recoup.schemes import Scheme
 
 Stored = Mapping[str, Array]  # of one module, by the names of `tensors_of`
+KEPT = ("key", "value")  # what a KV cache holds of a token
 _ALWAYS = ("codes", "scale", "zero_point", "offset")
 
 
@@ -38,10 +40,12 @@ class Trained:
     Args:
         modules: the quantized modules that the file holds, by their first name.
         places: the first name of a module, by each of its names.
-        outputs: the quantizers of outputs, by the module that makes them.
         example: the batch that was asked.
         answers: what the trained model answers.
         recorded: the part of it that goes into the folder.
+        generation: of a model that the file decodes, what it says; None also where nobody has it any more.
+        lattices: the quantizers that belong to no module in `modules`, as those of outputs, by name.
+        cached: the quantizers of keys and values, as `cached` names them.
         kept: the tensors that are not quantized, with the values of the file; None where nobody has them any
             more, and the sums of the files have to speak for them.
     """
@@ -51,7 +55,9 @@ class Trained:
     example: Batch
     answers: Answers
     recorded: Answers
-    outputs: Mapping[str, FakeQuantizer] = field(default_factory=dict[str, FakeQuantizer])
+    generation: Generation | None = field(default=None, repr=False)
+    lattices: Mapping[str, FakeQuantizer] = field(default_factory=dict)
+    cached: Mapping[str, FakeQuantizer] = field(default_factory=dict)
     kept: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -80,6 +86,26 @@ def coded(model: nn.Module) -> tuple[dict[str, CodedModule], dict[str, str]]:
             modules.setdefault(path, module)
             places[place] = path
     return modules, places
+
+
+def lattices(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """The quantizers of a converted model that are neither a coded module's inputs nor keys and values."""
+    inputs = {id(getattr(module, "input_quantizer", None)) for module in model.modules() if is_coded(module)}
+    inputs |= {id(quantizer) for quantizer in cached(model).values()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizer) and id(module) not in inputs
+    }
+
+
+def cached(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """The quantizers of keys and values: "key" and "value", each after the name of its attention module."""
+    return {
+        f"{path}.{name}": quantizer
+        for path, quantizers in cache_quantizers(model).items()
+        for name, quantizer in zip(KEPT, quantizers, strict=True)
+    }
 
 
 def tensors_of(module: CodedModule) -> dict[str, Tensor]:
@@ -116,7 +142,19 @@ def check_stored(modules: Mapping[str, CodedModule], stored: Mapping[str, Stored
     return sum(each["codes"].size for each in stored.values()), sum(s["scale"].size for s in stored.values())
 
 
-def check_modules(what: str, found: Mapping[str, object] | set[str], wanted: Mapping[str, object]) -> None:
+def check_cached(trained: Mapping[str, FakeQuantizer], stored: Mapping[str, Array]) -> int:
+    """Every scale of keys and values that was read back is the trained one; returns how many there are.
+
+    Raises:
+        ParityError: one is not, or is missing, or is of what was not quantized; names it.
+    """
+    check_modules("the file has scales of keys and values for", stored, trained)
+    for name, quantizer in trained.items():
+        equal(name, "scale", stored[name], quantizer.stored_qparams.scale.detach().reshape(1))
+    return len(stored)
+
+
+def check_modules(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
     """Exactly the modules of the plan are quantized.
 
     Raises:

@@ -5,22 +5,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from recoup.engines.safetensors_file import read_safetensors
-from recoup.export import artefact as record
+from recoup.export import artefact, record
 from recoup.export.artefact import Artefact
 from recoup.export.measured import of_another_tool, of_artefact
 from recoup.export.migrations import read
 from recoup.export.parity import Parity, ParityError
-from recoup.export.rebuilt import DTYPES, quantizer_of, rebuilt
+from recoup.export.rebuilt import DTYPES, quantizer, rebuilt
 from recoup.export.targets import Target, usable
-from recoup.export.trained import Layer, Stored, Trained
+from recoup.export.trained import Layer, Stored, Trained, check_cached
 from recoup.export.verification import Check, Verification, not_checked
 from recoup.nn import CodedModule, FakeQuantizer
 
 _SHOWN = 5
-_STATE = ("scale", "zero_point", "offset", "global_scale")  # of a FakeQuantizer
 _MALFORMED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError, OverflowError)
 
 
@@ -29,8 +27,9 @@ def verify(folder: str | Path, *, model: str | Path | None = None) -> Verificati
     """Check a folder again as `export` did, from the folder alone; changes nothing.
 
     The sums of all files; the codes and scales decoded from their bytes, by their digests, of exactly the
-    modules that were quantized; every module in the engine, within its bound of the same module made again
-    from its codes; and the engine's outputs for the batch that was recorded, against the trained model's.
+    modules that were quantized; the scales of keys and values; every module and every cache in the engine,
+    within its bound of the same one made again from its codes; and the engine's outputs for the batch that
+    was recorded, against the trained model's.
 
     A folder that another tool wrote (compressed-tensors, GPTQ, AWQ, AutoRound, ModelOpt) has nothing
     recorded: it is decoded, and compared with the float model.
@@ -56,8 +55,9 @@ def verify(folder: str | Path, *, model: str | Path | None = None) -> Verificati
     target = usable(found.target)
     checks = [_files(folder, found)]
     modules, codes = _codes(folder, found, target)
-    parity, ran = _engine(folder, found, target, modules)
-    checks += [codes, *ran]
+    cached, kept = _cache(folder, found, target)
+    parity, ran = _engine(folder, found, target, modules, cached)
+    checks += [codes, *kept, *ran]
     apart = None
     if model is not None:
         apart, compared = of_artefact(folder, Path(model), found, target, modules)
@@ -77,7 +77,7 @@ def _files(folder: Path, found: Artefact) -> Check:
         return not_checked("files", "format 0 has no sums of its files")
     different: list[str] = []
     for name, written in found.files.items():
-        file = record.inside(folder, name)
+        file = artefact.inside(folder, name)
         if not file.is_file():
             different.append(f"{name} is missing")
         elif record.sum_of(file) != written:
@@ -116,7 +116,7 @@ def _codes(folder: Path, found: Artefact, target: Target) -> tuple[dict[str, Cod
 def _modules(
     folder: Path, found: Artefact, layers: Mapping[str, Layer], stored: Mapping[str, Stored]
 ) -> dict[str, CodedModule]:
-    tensors, recorded = read_safetensors(folder / record.TENSORS), found.modules or {}
+    tensors, recorded = read_safetensors(folder / artefact.TENSORS), found.modules or {}
     return {
         path: rebuilt(
             path,
@@ -125,26 +125,42 @@ def _modules(
             dtype=DTYPES[module.dtype],
             convolution=module.convolution,
             bias=tensors.get(f"bias.{path}"),
-            inputs=_state_of("input", path, tensors),
+            inputs=artefact.state_of("input", path, tensors),
         )
         for path, module in recorded.items()
     }
 
 
-def _outputs(folder: Path, found: Artefact) -> dict[str, FakeQuantizer]:
-    tensors = read_safetensors(folder / record.TENSORS)
-    return {
-        path: quantizer_of(f"{path}.output", spec, None, _state_of("output", path, tensors))
-        for path, spec in found.outputs.items()
-    }
+def _cache(folder: Path, found: Artefact, target: Target) -> tuple[dict[str, FakeQuantizer], list[Check]]:
+    """Whether the bytes hold the scales of keys and values that were recorded; no check where there are none.
 
-
-def _state_of(what: str, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensors[key] for name in _STATE if (key := f"{what}.{name}.{path}") in tensors}
+    Raises:
+        ValueError: what was recorded is not theirs.
+    """
+    if found.modules is None:
+        return {}, []
+    quantizers: dict[str, FakeQuantizer] = {}
+    if (cache := found.cache) is not None:
+        target.cache(cache.spec)
+        tensors = read_safetensors(folder / artefact.TENSORS)
+        for path in cache.names:
+            state = artefact.state_of("cache", path, tensors)
+            quantizers[path] = quantizer(path, cache.spec, columns=None, state=state)
+    try:
+        with _decoding(found.target):
+            scales = check_cached(quantizers, target.stored_cached(folder))
+    except ParityError as error:
+        return quantizers, [Check(what="cache", outcome="different", found=str(error))]
+    same = Check(what="cache", outcome="same", found=f"{scales} scales of keys and values")
+    return quantizers, [same] * (scales > 0)
 
 
 def _engine(
-    folder: Path, found: Artefact, target: Target, modules: Mapping[str, CodedModule]
+    folder: Path,
+    found: Artefact,
+    target: Target,
+    modules: Mapping[str, CodedModule],
+    cached: Mapping[str, FakeQuantizer],
 ) -> tuple[Parity | None, list[Check]]:
     """The modules and the outputs, as the engine computes them."""
     if found.modules is None:
@@ -154,14 +170,19 @@ def _engine(
         return None, [not_checked("engine", "the modules cannot be made again from these codes")]
     if found.example is None:
         return None, [not_checked("engine", "the batch of the export held values that no file keeps")]
-    batch, answers = record.example_of(found, read_safetensors(folder / record.TENSORS))
+    tensors = read_safetensors(folder / artefact.TENSORS)
+    batch, answers = artefact.example_of(found, tensors)
     trained = Trained(
         modules=modules,
         places={place: path for path, module in found.modules.items() for place in module.places},
-        outputs=_outputs(folder, found),
         example=batch,
         answers=answers,
         recorded=answers,
+        lattices={
+            path: quantizer(path, spec, columns=None, state=artefact.state_of("lattice", path, tensors))
+            for path, spec in found.lattices.items()
+        },
+        cached=cached,
     )
     try:
         with _decoding(found.target):
@@ -175,7 +196,10 @@ def _engine(
     outputs = f"{parity.end_to_end:.1e} from the recorded ones (relative, RMS)"
     if parity.divergence is not None and parity.same_word is not None:
         outputs += f"; next words {parity.divergence:.1e} nats apart, {parity.same_word:.0%} the same"
-    return parity, [within, Check(what="outputs", outcome="same", found=outputs)]
+    checks = [within, Check(what="outputs", outcome="same", found=outputs)]
+    if getattr(target.load(folder), "presents", None):
+        checks.append(not_checked("generation", "the words that the trained model said are not recorded"))
+    return parity, checks
 
 
 @contextmanager

@@ -144,7 +144,13 @@ def recover(
     example = without_labels(calibration[0])
     fuse(model, example)
     plan = resolve(model, recipe)
-    preflight(model, plan, recipe.export.target, tensor_parallel=recipe.export.tensor_parallel)
+    preflight(
+        model,
+        plan,
+        recipe.export.target,
+        tensor_parallel=recipe.export.tensor_parallel,
+        consumer=recipe.export.consumer,
+    )
     if not begun(folder):
         check_rungs(model, plan, recipe, calibration, train)
     given = None if baseline is None else _askable(baseline, gates)
@@ -366,4 +372,5 @@ def _line(metrics: Mapping[str, float]) -> str:
 
 def _scheme_text(plan: Plan, recipe: Recipe) -> str:
     others = sorted(set(plan.schemes) - {recipe.scheme.name})
-    return recipe.scheme.name + (f" (and {', '.join(others)} by rule)" if others else "")
+    cache = "" if plan.kv is None else f", keys and values {plan.kv}"
+    return recipe.scheme.name + (f" (and {', '.join(others)} by rule)" if others else "") + cache

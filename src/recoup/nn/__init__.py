@@ -1,8 +1,8 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
 `fake_quantizer.py` is one tensor, `modules.py` and `conv.py` the prepared modules (`twin.py` is what they
-have in common), `output.py` the output of any module, `coded.py` the converted ones, `call.py` how a model is
-called.
+have in common), `output.py` the output of any module, `coded.py` the converted ones, `kv_cache.py` what
+attention keeps, `call.py` how a model is called.
 """
 
 from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
@@ -21,6 +21,7 @@ from recoup.nn.coded import (
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
 from recoup.nn.integer_bias import bias_codes, make_room, seen_bias
+from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
 from recoup.nn.modules import (
     QUANT_MODULES,
     QuantConv1D,
@@ -54,6 +55,8 @@ __all__ = [
     "QuantLinear",
     "QuantModule",
     "bias_codes",
+    "cache_quantizers",
+    "caching",
     "call",
     "cut",
     "device_of",
@@ -66,6 +69,7 @@ __all__ = [
     "output_quantizers",
     "quant_type",
     "quantization_off",
+    "quantize_cache",
     "quantize_output",
     "seen_bias",
     "size_of",

@@ -18,12 +18,16 @@ q8_0, q4_0, q4_1, mxfp4-gguf, tq2_0
 q8_0a16         the weights of q8_0 alone: for embeddings, whose inputs are ids
 nf4             QLoRA's levels, without its double quantization of scales
 w1a16-seq, ...  ParetoQ's 1, 1.58 and 2 bits per channel, for learned scales
+
+`KV_PRESETS` are those of keys and values in a KV cache: fp8 is E4M3, with a calibrated scale for the keys of
+a layer, and one for its values.
 """
 
 from dataclasses import replace
 from difflib import get_close_matches
 
 from recoup.numerics import (
+    BFLOAT16,
     BINARY,
     E2M1,
     E2M3,
@@ -186,6 +190,11 @@ _TABLE: list[Scheme] = [
 ]
 
 PRESETS: dict[str, Scheme] = {scheme.name: scheme for scheme in _TABLE}
+# Keys and values in the KV cache. Readers hold the scale in float32 or in the model's dtype: as a bfloat16
+# number it is the same in both.
+KV_PRESETS: dict[str, QuantSpec] = {
+    "fp8": replace(_static(_FP8_PER_ROW, per_tensor), scale_format=BFLOAT16),
+}
 
 
 def preset(name: str) -> Scheme:
@@ -218,3 +227,17 @@ def preset(name: str) -> Scheme:
     if inputs is not None and inputs.granularity == weights.granularity:
         inputs = replace(inputs, granularity=group)
     return replace(scheme, name=name, weights=replace(weights, granularity=group), inputs=inputs)
+
+
+def kv_preset(name: str) -> QuantSpec:
+    """The spec of keys and values of that name.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> print(kv_preset("fp8"))
+    e4m3 per tensor, static
+    """
+    if name not in KV_PRESETS:
+        raise ValueError(f"no spec of keys and values {name!r}; there are {', '.join(KV_PRESETS)}")
+    return KV_PRESETS[name]

@@ -21,11 +21,11 @@ from pydantic import (
     model_validator,
 )
 
-from recoup.numerics import Ranges
+from recoup.numerics import QuantSpec, Ranges, per_tensor
 from recoup.numerics.kernels import Choice
 from recoup.schemes.limit import Limit
 from recoup.schemes.parse import parse
-from recoup.schemes.presets import preset
+from recoup.schemes.presets import KV_PRESETS, kv_preset, preset
 from recoup.schemes.scheme import Scheme
 
 Rung = Literal["rtn", "moving-average", "percentile", "kl", "mse", "gptq", "qat"]  # in order of cost
@@ -52,6 +52,25 @@ def _as_written(scheme: Scheme | None) -> str | dict[str, Any]:
         return _SCHEMES.dump_python(scheme, mode="json")
 
 
+def _kv(value: Any) -> Any:
+    if value is None or value == "none":
+        return None
+    spec = _SPECS.validate_python(value) if isinstance(value, Mapping) else value
+    spec = kv_preset(spec) if isinstance(spec, str) else spec
+    if isinstance(spec, QuantSpec) and (spec.ranges == "dynamic" or spec.granularity != per_tensor):
+        raise ValueError(
+            f"{spec.ranges} ranges per {spec.granularity} asked; an engine writes keys and values token by "
+            "token, with one scale that is known before: take static or learned ranges, per tensor"
+        )
+    return spec
+
+
+def _kv_as_written(spec: QuantSpec | None) -> str | dict[str, Any]:
+    named = (name for name, known in KV_PRESETS.items() if known == spec)
+    return "none" if spec is None else next(named, None) or _SPECS.dump_python(spec, mode="json")
+
+
+_SPECS = TypeAdapter(QuantSpec)
 _SCHEMES = TypeAdapter(Scheme)
 _Written = PlainSerializer(_as_written)
 
@@ -188,11 +207,13 @@ class ExportSettings(_Section):
         target: a key of `recoup.export.TARGETS`.
         to: a name, or names with "/" between them; nothing outside the run's folder.
         tensor_parallel: devices over which the engine will split every matrix; asked before any work.
+        consumer: who will read the artefact, as "vllm" or "vllm>=0.27"; asked before any work.
     """
 
     target: str = Field(default="onnx", min_length=1)
     to: Annotated[str, AfterValidator(_inside)] = "artefact"
     tensor_parallel: int = Field(default=1, ge=1)
+    consumer: str | None = None
 
 
 class TaskSettings(BaseModel):
@@ -223,6 +244,10 @@ class Recipe(_Section):
     )
     weight_ranges: Ranges | None = Field(
         default=None, description='replaces the ranges of every weight spec; "learned" trains the scales too'
+    )
+    kv: Annotated[QuantSpec | None, BeforeValidator(_kv), PlainSerializer(_kv_as_written)] = Field(
+        default=None,
+        description="of keys and values in the KV cache: fp8, or a spec; none leaves them in float",
     )
     impl: Choice = Field(
         default="auto",

@@ -139,8 +139,9 @@ def load_encoder(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.M
 def load_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
     """The language model in float32 and eval mode, and the names of stored tensors that it has no use for.
 
-    It keeps no cache of keys and values: nothing is generated here, and training would hold on to it.
-    Attention is PyTorch's own, `sdpa` where the class has it.
+    It keeps no cache of keys and values: nothing is generated here, and training would hold on to it. Whether
+    it generates with one stays in `generation_config`, as the folder says: exports ask that. Attention is
+    PyTorch's own, `sdpa` where the class has it.
 
     Raises:
         ValueError: transformers cannot make this model, its class is code that is not trusted, or weights
@@ -149,8 +150,12 @@ def load_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    generates_with_cache = getattr(config, "use_cache", None)
     config.use_cache = False
-    return _load(AutoModelForCausalLM, folder, config, {}, trust_remote_code)
+    model, unused = _load(AutoModelForCausalLM, folder, config, {}, trust_remote_code)
+    if not (folder / "generation_config.json").is_file():  # made of `config` then
+        cast(Any, model).generation_config.use_cache = generates_with_cache
+    return model, unused
 
 
 def load_image_classifier(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:

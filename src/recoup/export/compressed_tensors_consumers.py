@@ -1,0 +1,231 @@
+"""Which readers of compressed-tensors folders compute what was trained, by their versions.
+
+A folder that transformers reads may be refused by the engine that is to serve it, or be read as another
+function: with inputs in float that training quantized, or the reverse. `BREAKAGES` is what is known of that.
+Its rows about vLLM are what vLLM's own parser and its choice of kernels answered, release by release, on
+pretended GPUs (`tests/export/vllm_parser.py`); those about SGLang are from its sources.
+
+A row stands here if the reader refuses the scheme on every GPU, quantizes on some GPU what training left in
+float, or leaves in float on every GPU what training quantized. A GPU that is too old for a format and takes
+float inputs instead (fp8 on Ampere) is no row: see docs/export.md.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from recoup.export import compressed_tensors_config as schema
+from recoup.export.compressed_tensors_config import Layout
+from recoup.schemes import Scheme
+
+Version = tuple[int, ...]
+
+# Reader -> the oldest and the newest release whose answers the table holds.
+CONSUMERS: dict[str, tuple[Version, Version]] = {
+    "vllm": ((0, 15), (0, 33)),
+    "sglang": ((0, 5, 23), (0, 5, 23)),
+    "transformers": ((5, 23), (5, 23)),
+    "compressed-tensors": ((0, 17), (0, 20)),  # what transformers reads with
+}
+_ALWAYS: tuple[Version, Version] = ((0,), (10**6,))
+_CONSUMER = re.compile(r"(?P<name>[a-z-]+?)(?P<relation>>=|==)?(?P<version>\d+(\.\d+)*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breakage:
+    """What a reader does not do as it was trained.
+
+    Args:
+        consumer: a key of `CONSUMERS`.
+        versions: the first release that does so, and the first that no longer does.
+        breaks: whether it concerns a layout.
+        what: it does, as a sentence without its subject.
+        instead: what to do.
+        source: where that is to be seen.
+    """
+
+    consumer: str
+    versions: tuple[Version, Version] = _ALWAYS
+    breaks: Callable[[Layout], bool]
+    what: str
+    instead: str
+    source: str
+
+
+def _bits(*widths: int) -> Callable[[Layout], bool]:
+    return lambda layout: layout.format == schema.PACKED and layout.weights["num_bits"] in widths
+
+
+def _packed(inputs: str, *, but_groups_of: int | None = None) -> Callable[[Layout], bool]:
+    """Packed weights whose inputs are quantized to "int" or "float" codes."""
+
+    def breaks(layout: Layout) -> bool:
+        found = layout.inputs
+        given = layout.format == schema.PACKED and found is not None and found["type"] == inputs
+        return given and (but_groups_of is None or layout.weights.get("group_size") != but_groups_of)
+
+    return breaks
+
+
+def _form(format_: str, *, inputs: bool | None = None) -> Callable[[Layout], bool]:
+    """A storage format, with quantized inputs, with float ones, or with any."""
+    return lambda layout: layout.format == format_ and inputs in (None, layout.inputs is not None)
+
+
+def _int8_of_4_and_8_bits(layout: Layout) -> bool:
+    return _packed("int")(layout) and _bits(4, 8)(layout)
+
+
+_VLLM = "vllm/model_executor/layers/quantization/compressed_tensors/"
+_SGLANG = "sglang/srt/layers/quantization/compressed_tensors/"
+BREAKAGES: tuple[Breakage, ...] = (
+    Breakage(
+        consumer="vllm",
+        versions=((0,), (0, 25)),
+        breaks=_bits(2, 3, 5, 6, 7),
+        what="reads packed weights of 4 and 8 bits only",
+        instead="vllm>=0.25, or 4 or 8 bits",
+        source=f"{_VLLM}schemes/compressed_tensors_wNa16.py, WNA16_SUPPORTED_TYPES_MAP",
+    ),
+    Breakage(
+        consumer="vllm",
+        versions=((0,), (0, 26)),
+        breaks=_packed("int"),
+        what="has no scheme of packed weights with int8 inputs",
+        instead="vllm>=0.32 on Hopper, w8a8, or the same weights with float inputs",
+        source=f"{_VLLM}compressed_tensors.py, _is_wNaM_int",
+    ),
+    Breakage(
+        consumer="vllm",
+        versions=((0, 26), (0, 32)),
+        breaks=_int8_of_4_and_8_bits,
+        what="takes Marlin for packed weights of 4 and 8 bits, which leaves their inputs in float",
+        instead="vllm>=0.32 on Hopper, w8a8, or the same weights with float inputs",
+        source=f"{_VLLM}schemes/compressed_tensors_wNa8.py: only Humming reads _humming_input_quant_config",
+    ),
+    Breakage(
+        consumer="vllm",
+        breaks=_packed("float", but_groups_of=128),
+        what="multiplies packed weights with fp8 inputs in groups of 128 only, and on Hopper",
+        instead="w4afp8-g128 on Hopper, or w4a16",
+        source=f"{_VLLM}schemes/compressed_tensors_w4a8_fp8.py",
+    ),
+    Breakage(
+        consumer="vllm",
+        versions=((0,), (0, 20)),
+        breaks=_form(schema.MXFP8),
+        what="does not know mxfp8",
+        instead="vllm>=0.20, or fp8",
+        source=f"{_VLLM}compressed_tensors.py, _is_mxfp8",
+    ),
+    Breakage(
+        consumer="vllm",
+        versions=((0, 20), _ALWAYS[1]),
+        breaks=_form(schema.MXFP8, inputs=False),
+        what="quantizes the inputs of every mxfp8 layer on Blackwell, and these were trained in float",
+        instead="mxfp8, which trains them quantized",
+        source=f"{_VLLM}compressed_tensors.py, CompressedTensorsW8A8Mxfp8: inputs are not asked for",
+    ),
+    Breakage(
+        consumer="vllm",
+        versions=((0,), (0, 22)),
+        breaks=_form(schema.MXFP4, inputs=True),
+        what="leaves the inputs of every mxfp4 layer in float",
+        instead="vllm>=0.22 on Blackwell, or mxfp4a16",
+        source=f"{_VLLM}compressed_tensors.py, CompressedTensorsW4A16Mxfp4",
+    ),
+    Breakage(
+        consumer="vllm",
+        versions=((0, 21), _ALWAYS[1]),
+        breaks=_form(schema.MXFP4, inputs=False),
+        what="quantizes the inputs of every mxfp4 layer on Blackwell, and these were trained in float",
+        instead="mxfp4, which trains them quantized, or nvfp4a16",
+        source=f"{_VLLM}compressed_tensors.py, CompressedTensorsW4A4Mxfp4: inputs are not asked for",
+    ),
+    Breakage(
+        consumer="sglang",
+        breaks=_bits(2, 3, 5, 6, 7),
+        what="reads packed weights of 4 and 8 bits only",
+        instead="4 or 8 bits, or vllm>=0.25",
+        source=f"{_SGLANG}schemes/compressed_tensors_wNa16.py, WNA16_SUPPORTED_TYPES_MAP",
+    ),
+    *(
+        Breakage(
+            consumer="sglang",
+            breaks=_packed(inputs),
+            what="has no scheme of packed weights with quantized inputs",
+            instead="w8a8 or fp8, or the same weights with float inputs",
+            source=f"{_SGLANG}compressed_tensors.py, _get_scheme_from_parts",
+        )
+        for inputs in ("int", "float")
+    ),
+    *(
+        Breakage(
+            consumer="sglang",
+            breaks=_form(format_),
+            what=f"has no scheme for {format_}",
+            instead="fp8 or nvfp4, or vllm>=0.22",
+            source=f"{_SGLANG}compressed_tensors.py, _get_scheme_from_parts, and utils.py",
+        )
+        for format_ in (schema.MXFP8, schema.MXFP4)
+    ),
+    Breakage(
+        consumer="compressed-tensors",
+        versions=((0,), (0, 18)),
+        breaks=_bits(3, 5, 6, 7),
+        what="expects whole codes in each packed word, and these are one stream of bits",
+        instead="compressed-tensors>=0.18, or 2, 4 or 8 bits",
+        source="compressed_tensors/compressors/pack_quantized/helpers.py, unpack_from_int32",
+    ),
+)
+
+
+def check_consumer(modules: Mapping[str, tuple[Scheme, type]], consumer: str) -> None:
+    """Does the reader that is asked for compute what is trained?
+
+    Args:
+        modules: what is quantized, by name; each has a layout.
+        consumer: a key of `CONSUMERS`, alone for the newest release that is known, or with a release
+            ("vllm==0.27"), or with the first of those that must read it ("vllm>=0.27").
+
+    Raises:
+        ValueError: no such reader, no release that is known, or one of the asked releases does not; names
+            the module, the release and what to do.
+    """
+    name, oldest, newest = _asked(consumer)
+    for path, (scheme, _) in modules.items():
+        layout = schema.layout(scheme)
+        for row in BREAKAGES:
+            first = max(oldest, row.versions[0])
+            if row.consumer == name and first <= newest and first < row.versions[1] and row.breaks(layout):
+                raise ValueError(
+                    f"{path}: {name} {_written(first)} {row.what} (scheme {scheme.name!r}, {row.source}); "
+                    f"take {row.instead}"
+                )
+
+
+def _asked(consumer: str) -> tuple[str, Version, Version]:
+    """The reader, and the oldest and newest release that are asked for."""
+    found = _CONSUMER.fullmatch(consumer)
+    if found is None or (found["relation"] is None) != (found["version"] is None):
+        raise ValueError(f"export.consumer: {consumer!r} is no reader; write vllm, vllm==0.33 or vllm>=0.27")
+    name = found["name"]
+    if name not in CONSUMERS:
+        nearest = get_close_matches(name, CONSUMERS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(CONSUMERS)}"
+        raise ValueError(f"export.consumer: no reader {name!r}; {hint}")
+    oldest, newest = CONSUMERS[name]
+    if found["version"] is None:
+        return name, newest, newest
+    asked = tuple(map(int, found["version"].split(".")))
+    if not oldest <= asked or asked[: len(newest)] > newest:
+        raise ValueError(
+            f"export.consumer: {consumer} asked, known of {name} are {_written(oldest)} to "
+            f"{_written(newest)}; name one of these"
+        )
+    return name, asked, newest if found["relation"] == ">=" else asked
+
+
+def _written(version: Version) -> str:
+    return ".".join(map(str, version))
