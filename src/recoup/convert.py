@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from recoup.nn import CODED_MODULES, Codes, FakeQuantizer, is_prepared
+from recoup.nn import CODED_MODULES, OUTPUT, Codes, FakeQuantizer, is_prepared, output_quantizer_of
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -44,6 +44,10 @@ def convert(model: nn.Module) -> nn.Module:
     shared: dict[object, Codes] = {}
     for module, twin in coded.items():  # tied weights have one quantizer, and get one set of codes
         twin.weight = shared.setdefault(module.weight_quantizer, twin.weight)
+    for module, twin in coded.items():
+        output = output_quantizer_of(module)
+        if output is not None:
+            twin.add_module(OUTPUT, output)
     for module, twin in coded.items():  # forward hooks may change what is computed, so they go along
         kept = {k: v for k, v in vars(module).items() if k == "training" or k.startswith("_forward")}
         vars(twin).update(kept)

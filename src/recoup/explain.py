@@ -1,7 +1,7 @@
 """The dry run: what a plan does to every parameter of a model, as a table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from torch import Tensor, nn
@@ -28,14 +28,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What would happen to every parameter, and to what attention keeps; prints as a table.
+    """What would happen to every parameter, to outputs, and to what attention keeps; prints as a table.
 
     Args:
         rows: of every parameter.
+        outputs: the spec of every output that is quantized, by its module.
         cache: how keys and values are kept; "" where nothing is said of them.
     """
 
     rows: list[Row]
+    outputs: dict[str, str] = field(default_factory=dict)
     cache: str = ""
 
     @property
@@ -70,6 +72,7 @@ class Explanation:
             )
             for line in [*cells, total]
         ]
+        lines += [f"output of {module}: {spec}" for module, spec in self.outputs.items()]
         return "\n".join(line.rstrip() for line in [*lines, *filter(None, [self.cache])])
 
 
@@ -111,8 +114,9 @@ def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = No
                 bytes_before=before, bytes_after=after, reason=reason, kernel=kernel,
             )
         )  # fmt: skip
+    outputs = {name: str(spec) for name, spec in plan.outputs.items()}
     cache = "" if plan.kv is None else f"KV cache of {len(plan.caches)} attention layers: {plan.kv}"
-    return Explanation(rows=rows, cache=cache)
+    return Explanation(rows=rows, outputs=outputs, cache=cache)
 
 
 def _matrix(module: nn.Module) -> Tensor:

@@ -13,8 +13,17 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Codes, FakeQuantizer, caching, is_prepared, quant_type, quantize_cache
-from recoup.numerics import kernels, per_tensor
+from recoup.nn import (
+    Codes,
+    FakeQuantizer,
+    caching,
+    device_of,
+    is_prepared,
+    quant_type,
+    quantize_cache,
+    quantize_output,
+)
+from recoup.numerics import QuantSpec, kernels, per_tensor
 from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
 
 _log = logging.getLogger("recoup")
@@ -42,7 +51,8 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     Raises:
         ValueError: a rule that matches nothing; a layer that its groups do not divide, or whose inputs
             cannot have the scheme's; tied weights that are not quantized alike; a large parameter in a
-            module that has no quantized form, and no rule that keeps it; nothing to quantize; a KV cache
+            module that has no quantized form, and no rule that keeps it; nothing to quantize; a name in
+            `outputs` that is no module's, or a scheme whose inputs have no numbers for them; a KV cache
             that the model has not, or that cannot be reached.
 
     >>> import torch
@@ -74,8 +84,9 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
                         f"two different schemes are called {decision.name!r}; give them two names"
                     )
                 modules[name] = decision.name
+    outputs = _outputs(model, recipe)
     caches = () if recipe.kv is None else tuple(caching(model))
-    plan = Plan(schemes=schemes, modules=modules, kept=kept, kv=recipe.kv, caches=caches)
+    plan = Plan(schemes=schemes, modules=modules, kept=kept, outputs=outputs, kv=recipe.kv, caches=caches)
     _tied_weights_are_alike(model, plan)
     _nothing_large_is_left_out(model, kept)
     if not modules:
@@ -111,6 +122,9 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
     modules = dict(model.named_modules())
     _no_fast_path(modules, plan)
     chosen = _chosen(impl, [modules[name] for name in plan.modules if name in modules])
+    for name in plan.outputs:
+        if name not in modules:
+            raise ValueError(f"outputs: the model has no module {name!r}; resolve the plan for this model")
     twins: dict[nn.Module, nn.Module] = {}
     quantizers: dict[Tensor, FakeQuantizer] = {}
     for name in plan.modules:
@@ -137,8 +151,13 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in twins:
             model.set_submodule(name, twins[module])
-    caches = [] if plan.kv is None else quantize_cache(model, plan.kv, plan.caches)
-    for quantizer in (*caches, *(module for twin in twins.values() for module in twin.modules())):
+    for name, spec in plan.outputs.items():
+        quantizer = FakeQuantizer(spec, rows=None, columns=None)
+        quantizer.path = f"{name}.output"
+        quantize_output(model.get_submodule(name), quantizer.to(device_of(model)))
+    if plan.kv is not None:
+        quantize_cache(model, plan.kv, plan.caches)
+    for quantizer in model.modules():
         if isinstance(quantizer, FakeQuantizer):
             quantizer.impl = chosen
     return model
@@ -151,6 +170,25 @@ def _chosen(asked: kernels.Choice, modules: list[nn.Module]) -> kernels.Impl:
     chosen, why = kernels.choose(asked, device, sum(weight.numel() for weight in weights))
     _log.info("fake quantization: %s (%s)", chosen, why)
     return chosen
+
+
+def _outputs(model: nn.Module, recipe: Recipe) -> dict[str, QuantSpec]:
+    """The modules whose outputs are quantized: as the recipe's scheme quantizes inputs."""
+    names, spec = [name for name, _ in model.named_modules() if name], recipe.scheme.inputs
+    for pattern in recipe.outputs:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            nearest = get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise ValueError(
+                f"outputs: {pattern!r} matches no module; did you mean {', '.join(nearest) or names[0]}?"
+            )
+    if not recipe.outputs:
+        return {}
+    if spec is None or spec.ranges == "dynamic" or spec.granularity != per_tensor:
+        raise ValueError(
+            f"outputs: they are quantized as scheme {recipe.scheme.name!r} quantizes inputs, and that is not "
+            "static per tensor; use w8a8-static or fp8-static"
+        )
+    return {name: spec for name in names if any(fnmatchcase(name, pattern) for pattern in recipe.outputs)}
 
 
 def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, list[str]]) -> Scheme | str:

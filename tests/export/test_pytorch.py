@@ -572,7 +572,7 @@ def test_a_file_of_another_plan_is_caught(file: Written, tmp_path: Path) -> None
     other = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 3))
     x = torch.randn(4, 64)
     export(ready(other, {"0": "w8a8", "2": "none", "3": "none"}, x), tmp_path / "out", "pytorch", example=x)
-    with pytest.raises(ParityError, match=r"quantizes other modules than the plan: \['2'\]"):
+    with pytest.raises(ParityError, match=r"quantizes other modules than the plan: 2"):
         TARGETS["pytorch"].verify(file.converted, tmp_path / "out", x)
 
 

@@ -2,7 +2,7 @@
 
 The JSON has the format of the folder, the scheme and the digests of every quantized module, and the sums of
 all files; the tensors are a batch, what the trained model answered to it, biases, and the scales of inputs,
-keys and values.
+outputs, keys and values.
 What is read is not trusted: it is checked as a recipe is, and no name in it leads out of the folder.
 """
 
@@ -108,7 +108,7 @@ class Artefact:
         target: a key of `TARGETS`.
         schemes: by name.
         modules: what is quantized, by name; None where nobody noted it.
-        lattices: of quantizers that belong to none of the modules, by name.
+        lattices: of quantizers that belong to none of the modules, as those of outputs, by name.
         example: None where the batch could not be recorded, or nobody did.
         cache: None where keys and values stay in float.
         files: all others, by their path in the folder; None where nobody noted them.

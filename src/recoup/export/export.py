@@ -27,6 +27,7 @@ from recoup.nn import (
     is_coded,
     is_prepared,
     moved,
+    output_quantizers,
     quant_type,
     size_of,
 )
@@ -76,6 +77,8 @@ def preflight(
         modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
     there = usable(target)
     there.check(model, modules)
+    for path, spec in plan.outputs.items():
+        there.output(path, spec)
     if plan.kv is not None:
         there.cache(plan.kv)
     if tensor_parallel > 1:
@@ -135,6 +138,8 @@ def export(
     with torch.no_grad():
         coded = converted_copy(model)
     writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
+    for path, quantizer in output_quantizers(coded).items():
+        writer.output(path, quantizer.spec)
     for key, _ in cache_quantizers(coded).values():
         writer.cache(key.spec)
     folder.parent.mkdir(parents=True, exist_ok=True)

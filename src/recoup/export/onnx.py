@@ -20,10 +20,22 @@ from torch import Tensor, nn
 from recoup.engines.onnxruntime import OUTPUTS
 from recoup.export import onnx_cache
 from recoup.export.tracing import Traced, first_two, positional, traced, untraceable
-from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, CodedModule, is_coded
+from recoup.nn import (
+    OUTPUT,
+    Batch,
+    CodedConv,
+    CodedEmbedding,
+    CodedLinear,
+    CodedModule,
+    FakeQuantizer,
+    is_coded,
+    output_quantizer_of,
+    quantize_output,
+)
 from recoup.schemes import Scheme
 
 OPSET = 21
+SCOPES = "pkg.torch.onnx.name_scopes"  # as torch writes it: a list of names, the node's own last
 FILE = "model.onnx"
 MODULES = "recoup.modules"  # like OUTPUTS a key of the file's metadata
 TIED = "recoup.tied"
@@ -110,7 +122,8 @@ def write(
     for node in [node for node in graph if node.op_type == _CLOSED]:
         path = node.attributes["path"].as_string()
         shared = list(owners.values()).count(owners[path]) > 1
-        nodes = onnx_graph.Graph(path, graph.initializers, owners[path], tied=shared)
+        named = path.removesuffix(f".{OUTPUT}")
+        nodes = onnx_graph.Graph(named, graph.initializers, owners[path], tied=shared)
         closed_input, closed_output = node.inputs[0], node.outputs[0]
         assert closed_input is not None
         lower: Any = next(nodes_of for kind, nodes_of in lowering.items() if isinstance(coded[path], kind))
@@ -145,7 +158,7 @@ def _owners(coded: Mapping[str, nn.Module]) -> dict[str, str]:
     """Under which module's path the file has each weight: a tied embedding and linear layer have it once."""
     sharing = dict[Any, list[str]]()
     for path, module in coded.items():
-        sharing.setdefault(module.weight, []).append(path)
+        sharing.setdefault(getattr(module, "weight", module), []).append(path)
     return {
         path: paths[0] if any(isinstance(coded[each], CodedEmbedding) for each in paths) else path
         for paths in sharing.values()
@@ -185,7 +198,10 @@ def _trace(model: nn.Module, form: Traced, opset: int) -> Any:
     for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix(form.prefix)
     for node in graph.all_nodes():  # where in whose files it was traced: kilobytes for every node
+        scopes = node.metadata_props.get(SCOPES)
         node.metadata_props.clear()
+        if scopes is not None:  # the modules around it, by which advice names them
+            node.metadata_props[SCOPES] = scopes
         node.doc_string = None
     return program
 
@@ -193,9 +209,10 @@ def _trace(model: nn.Module, form: Traced, opset: int) -> Any:
 class _Closed(nn.Module):
     """One node of the traced graph; the lowering opens it."""
 
-    def __init__(self, path: str, module: CodedModule) -> None:
+    def __init__(self, path: str, module: CodedModule | FakeQuantizer) -> None:
         super().__init__()
-        self.path, self.dtype = path, module.weight.dtype
+        self.path = path
+        self.dtype = torch.float32 if isinstance(module, FakeQuantizer) else module.weight.dtype
         self.shape = _output_shape(module)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (callers may name it, as they do for nn.Linear)
@@ -208,8 +225,10 @@ class _Closed(nn.Module):
         )
 
 
-def _output_shape(module: CodedModule) -> Callable[[Sequence[int]], list[int]]:
+def _output_shape(module: CodedModule | FakeQuantizer) -> Callable[[Sequence[int]], list[int]]:
     """From a module's input shape to that of its output; without the module, which tracing would find."""
+    if isinstance(module, FakeQuantizer):
+        return list
     if isinstance(module, CodedEmbedding):
         width = module.embedding_dim
         return lambda shape: [*shape, width]
@@ -236,16 +255,25 @@ def _output_shape(module: CodedModule) -> Callable[[Sequence[int]], list[int]]:
 
 @contextmanager
 def _closed(model: nn.Module) -> Generator[dict[str, nn.Module]]:
-    """Coded modules by path, closed meanwhile; one that stands at several paths goes by its first."""
+    """Coded modules and outputs' quantizers by path, closed meanwhile; one at several paths by its first."""
     places: dict[str, Any] = {
-        place: module for place, module in model.named_modules(remove_duplicate=False) if is_coded(module)
+        place: module
+        for place, module in model.named_modules(remove_duplicate=False)
+        if _closes(place, module)
     }
-    coded: dict[str, Any] = {name: module for name, module in model.named_modules() if is_coded(module)}
+    coded: dict[str, Any] = {name: module for name, module in model.named_modules() if _closes(name, module)}
     closed = {module: _Closed(name, module) for name, module in coded.items()}
-    for place, module in places.items():
+    for place, module in reversed(places.items()):  # what is inside before what is around it
         model.set_submodule(place, closed[module])
+        inside = output_quantizer_of(module)
+        if inside is not None and output_quantizer_of(closed[module]) is None:
+            quantize_output(closed[module], inside)
     try:
         yield coded
     finally:
         for place, module in places.items():
             model.set_submodule(place, module)
+
+
+def _closes(path: str, module: nn.Module) -> bool:
+    return is_coded(module) or (isinstance(module, FakeQuantizer) and path.endswith(f".{OUTPUT}"))

@@ -31,10 +31,10 @@ from recoup.export.onnx_decoding import generation
 from recoup.export.onnx_integer_conv import ROUNDED_AS
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
-from recoup.export.parity import Array, Parity, ParityError, expected
+from recoup.export.parity import Array, Parity, ParityError, equal, expected
 from recoup.export.tracing import positional
 from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded, lattices
-from recoup.nn import Batch, FakeQuantizer, call
+from recoup.nn import OUTPUT, Batch, FakeQuantizer, call
 from recoup.numerics import QuantSpec, dequantize
 
 
@@ -110,12 +110,14 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
     codes, scales = check_stored(trained.modules, stored(folder, trained.layers))
     file = onnx.load(folder / FILE)
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
+    outputs = {name: each for name, each in trained.lattices.items() if name.endswith(f".{OUTPUT}")}
+    _same_outputs(file, {called.partition(AGAIN)[0] for called in mapped} - set(trained.modules), outputs)
     results = _OpenedFile(file, folder, mapped, load).run(trained.example)
     worst = 0.0
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
         x, y = results[values["input"]], results[values["output"]]
-        module: Any = trained.modules[path]
+        module: Any = outputs[path] if path in outputs else trained.modules[path]
         if x.dtype == torch.uint8:
             x = _decoded(x, module.input_quantizer)
         expected_y, bound = expected(module, x)
@@ -142,6 +144,19 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
         decoded=spoken[0],
         ties=spoken[1],
     )
+
+
+def _same_outputs(file: onnx.ModelProto, found: set[str], trained: Mapping[str, FakeQuantizer]) -> None:
+    """The file quantizes the outputs of these modules and no others, with the trained scales.
+
+    Raises:
+        ParityError: it does not; names the module.
+    """
+    check_modules("the file quantizes the outputs of", found, trained)
+    tensors = {tensor.name: tensor for tensor in file.graph.initializer}
+    for path, quantizer in trained.items():
+        scale = onnx_bytes.read_scales(tensors[f"{path.removesuffix(f'.{OUTPUT}')}.output_scale"])
+        equal(path, "scale", scale.reshape(1, 1), quantizer.stored_qparams.scale.detach())
 
 
 def _decoded(codes: Tensor, lattice: FakeQuantizer) -> Tensor:

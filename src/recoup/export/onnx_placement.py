@@ -7,6 +7,7 @@ The ranges and zero points are those of its "Quantization Schemes". A file that 
 what was trained; the node then runs in floats, or in a kernel of its own.
 """
 
+import ast
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
+from recoup.export.onnx import SCOPES
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # Rounding before them or after is the same, so TensorRT moves a QuantizeLinear through.
@@ -60,6 +63,14 @@ class Wires:
         names = [codes.input[0]] if codes is not None else node.input
         path = next((name.rpartition(".")[0] for name in names if name in self.stored), "")
         return f" of {path}" if path else ""
+
+    def scopes(self, node: onnx.NodeProto) -> list[str]:
+        """The modules around a node, the largest first: of a lowered one by its tensors, else as traced."""
+        module = self.module(node).removeprefix(" of ").split(".")
+        if module != [""]:
+            return [".".join(module[:end]) for end in range(1, len(module) + 1)]
+        traced = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+        return [scope for scope in ast.literal_eval(traced)[:-1] if scope]
 
     def weighted(self) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto]]:
         """Every node that multiplies by stored codes, with their DequantizeLinear."""
@@ -124,7 +135,22 @@ def _residuals(wires: Wires) -> Iterator[tuple[onnx.NodeProto, str]]:
         if first is not None and not any(made and made.op_type == "DequantizeLinear" for made in makers):
             if any(name in wires.stored for name in node.input):
                 continue  # a bias
-            yield node, f"no DequantizeLinear before it, so {first.name or first.output[0]} writes floats"
+            makers = [made for made in makers if id(made) not in products] or makers
+            names = [name for made in makers if made is not None and (name := _outside(wires, made, node))]
+            remedy = (
+                f"write outputs: [{' or '.join(names)}]"
+                if names
+                else "make the residual a module's output, as nn.ReLU or nn.Identity, and name it in outputs"
+            )
+            what = f"no DequantizeLinear before it, so {first.name or first.output[0]} writes floats"
+            yield node, f"{what}; {remedy}"
+
+
+def _outside(wires: Wires, made: onnx.NodeProto, node: onnx.NodeProto) -> str | None:
+    """The largest module that has the first node in it and not the second; None where there is none."""
+    around = [f"{scope}." for scope in wires.scopes(node)]
+    scopes = (f"{scope}." for scope in wires.scopes(made))
+    return next((s[:-1] for s in scopes if not any(other.startswith(s) for other in around)), None)
 
 
 def _is_quantized_later(wires: Wires, name: str) -> bool:
@@ -209,6 +235,8 @@ def shared(wires: Wires) -> list[list[onnx.NodeProto]]:
 
 def _roots(wires: Wires, name: str) -> set[str]:
     node = wires.makers.get(name)
+    if node is not None and node.op_type == "DequantizeLinear" and node.input[0] in wires.makers:
+        return _roots(wires, wires.makers[node.input[0]].input[0])  # of a pair: what it rounds
     if node is None or node.op_type not in COMMUTING:
         return {name}
     sources = node.input if node.op_type == "Concat" else node.input[:1]

@@ -157,6 +157,18 @@ def check_inputs(spec: QuantSpec, kind: type) -> None:
     raise ValueError(f"inputs {spec} ({spec.scale_rule}, {spec.scale_format.name} scales) have no form there")
 
 
+def check_output(path: str, spec: QuantSpec) -> None:
+    """Have quantized outputs a form in ONNX's operators? As inputs of a convolution have one.
+
+    Raises:
+        ValueError: they have none; names the module.
+    """
+    try:
+        check_inputs(spec, CodedConv)
+    except ValueError as error:
+        raise ValueError(f"outputs: {path}: {error}") from None
+
+
 def _float32(spec: QuantSpec) -> bool:
     return spec.scale_format == FLOAT32
 
@@ -198,7 +210,7 @@ def write(model: nn.Module, folder: Path, example: Batch) -> None:
         ValueError: see `onnx.write`.
     """
     schemes = [module.scheme for module in model.modules() if is_coded(module)]
-    nodes = {CodedLinear: linear, CodedConv: conv, CodedEmbedding: embedding}
+    nodes = {CodedLinear: linear, CodedConv: conv, CodedEmbedding: embedding, FakeQuantizer: output}
     writer.write(model, folder, example, lowering=nodes, opset=opset(*schemes), with_cache=False)
 
 
@@ -236,6 +248,11 @@ def convolved(g: Graph, module: CodedConv, x: ir.Value, weight: ir.Value) -> ir.
         group=module.groups,
         pads=pads,
     )
+
+
+def output(g: Graph, quantizer: FakeQuantizer, x: ir.Value) -> ir.Value:
+    """The pair behind a module whose output is quantized."""
+    return _static(g, quantizer, x, "output")
 
 
 def embedding(g: Graph, module: CodedEmbedding, ids: ir.Value) -> ir.Value:
@@ -351,13 +368,31 @@ def inputs(
     return y if blocks == 1 else g("Reshape", y, g("Shape", x))
 
 
-def _static(g: Graph, quantizer: FakeQuantizer, x: ir.Value) -> ir.Value:
+def _static(g: Graph, quantizer: FakeQuantizer, x: ir.Value, what: str = "input") -> ir.Value:
     qparams = quantizer.stored_qparams
     zero_point = 0 if qparams.zero_point is None else int(qparams.zero_point)
     _, dtype = stored_type(quantizer.spec.format)
-    scale = g.initializer("input_scale", np.array(float(qparams.scale.detach()), np.float32))
-    zero = g.initializer("input_zero_point", np.array(zero_point, np.float32).astype(dtype))
+    lattice = (
+        np.array(float(qparams.scale.detach()), np.float32),
+        np.array(zero_point, np.float32).astype(dtype),
+    )
+    if _is_rounded(x, lattice):
+        return x
+    scale = g.initializer(f"{what}_scale", lattice[0])
+    zero = g.initializer(f"{what}_zero_point", lattice[1])
     return _dequantize(g, g("QuantizeLinear", x, scale, zero), scale, zero)
+
+
+def _is_rounded(x: ir.Value, lattice: tuple[Array, Array]) -> bool:
+    """Comes from a pair with this scale and zero point: rounded twice it is as rounded once."""
+    node = x.producer()
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3:
+        return False
+    stored = [value.const_value if value is not None else None for value in node.inputs[1:]]
+    return all(
+        tensor is not None and tensor.numpy().dtype == wanted.dtype and np.array_equal(tensor.numpy(), wanted)
+        for tensor, wanted in zip(stored, lattice, strict=True)
+    )
 
 
 def _blocked(g: Graph, x: ir.Value, blocks: int, group: int) -> ir.Value:

@@ -17,12 +17,12 @@ from recoup.export import onnx as writer
 from recoup.export.export import converted_copy
 from recoup.export.onnx_placement import Wires, shared
 from recoup.export.onnx_qdq import write
-from recoup.nn import FakeQuantizer, is_prepared, moved
+from recoup.nn import FakeQuantizer, is_prepared, moved, output_quantizers
 
 
 @torch.no_grad()
 def share_input_scales(model: nn.Module) -> nn.Module:
-    """Give inputs that TensorRT rounds together one scale, the largest; in place, returns the model.
+    """Give what TensorRT rounds together one scale, the largest; in place, returns the model.
 
     Changes no weight. Learned scales, which would part in training, are left as they are.
 
@@ -32,13 +32,17 @@ def share_input_scales(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model cannot be traced.
     """
-    fixed: dict[str, FakeQuantizer] = {}
+    found: dict[str, object] = {f"{name}.output_scale": q for name, q in output_quantizers(model).items()}
     for name, module in model.named_modules():
-        quantizer = getattr(module, "input_quantizer", None)
-        if not (is_prepared(module) and isinstance(quantizer, FakeQuantizer)):
-            continue
-        if quantizer.spec.ranges == "static" and quantizer.spec.symmetric:
-            fixed[name] = quantizer
+        if is_prepared(module):
+            found[f"{name}.input_scale"] = getattr(module, "input_quantizer", None)
+    fixed = {
+        name: quantizer
+        for name, quantizer in found.items()
+        if isinstance(quantizer, FakeQuantizer)
+        and quantizer.spec.ranges == "static"
+        and quantizer.spec.symmetric
+    }
     if len(fixed) < 2:
         return model
     example: Any = getattr(model, "recoup_example", None)
@@ -48,8 +52,8 @@ def share_input_scales(model: nn.Module) -> nn.Module:
         write(converted_copy(model), Path(temporary), moved(example, torch.device("cpu")))
         wires = Wires(onnx.load(Path(temporary) / writer.FILE))
     for group in shared(wires):
-        paths = {node.input[1].removesuffix(".input_scale") for node in group}
-        quantizers = [fixed[path] for path in sorted(paths) if path in fixed]
+        names = {node.input[1] for node in group}
+        quantizers = [fixed[name] for name in sorted(names) if name in fixed]
         for spec in {quantizer.spec for quantizer in quantizers}:
             alike = [quantizer for quantizer in quantizers if quantizer.spec == spec]
             widest = max(alike, key=lambda quantizer: float(quantizer.stored_qparams.scale))

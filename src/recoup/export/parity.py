@@ -89,15 +89,17 @@ def equal(path: str, what: str, found: Array, trained: Tensor) -> None:
         )
 
 
-def expected(module: CodedModule, x: Tensor) -> tuple[Tensor, Tensor]:
+def expected(module: CodedModule | FakeQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
     """A module's output in float64, and how far an engine with float32 arithmetic may be from it.
 
     With u = 2^-24, K products and one bias: a sum of K + 1 float32 terms in any order is off by at most
     (K + 1) u times the sum of magnitudes (Higham 2002, section 4.2); scaling adds a few more roundings. An
     input that lies within rounding error of a tie between two codes may go to either: one step of it. Where
     the model computes in a narrower type, the input, the weight and the output are each rounded to it: three
-    roundings, and a fourth for what they do to each other.
+    roundings, and a fourth for what they do to each other. Of a quantized output only ties are left.
     """
+    if isinstance(module, FakeQuantizer):
+        return module(x).double(), _ties(module, x).double() + _TINY
     weight = module.weight.decode().double()
     if isinstance(module, CodedEmbedding):
         y = torch.nn.functional.embedding(x, weight)

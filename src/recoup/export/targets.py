@@ -35,6 +35,7 @@ class Target:
             for what the engine cannot run.
         kernel: (scheme, type of the converted module) -> what computes it, or how it is stored.
         width: (scheme, type of the converted module) -> bits that a code of its weight takes in the file.
+        output: (module, spec of its quantized output); raises ValueError for what the files cannot hold.
         split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
             parts of every matrix on a device each.
         serve: (what is quantized, reader); raises ValueError where that reader of the artefact does not
@@ -59,6 +60,7 @@ class Target:
     check: Callable[[nn.Module, Quantized], None]
     kernel: Callable[[Scheme, type], str]
     width: Callable[[Scheme, type], int]
+    output: Callable[[str, QuantSpec], None]
     split: Callable[[nn.Module, Quantized, int], None]
     serve: Callable[[Quantized, str], None]
     cache: Callable[[QuantSpec], None]
@@ -92,6 +94,13 @@ def _of(module: str, function: str) -> Callable[..., Any]:
 
 def _as_it_is(model: nn.Module) -> nn.Module:
     return model
+
+
+def _no_output(path: str, spec: QuantSpec) -> None:
+    raise ValueError(
+        f"outputs: {path} is to have a quantized output ({spec}), which files for this target do not hold; "
+        "leave it out, or export to onnx-qdq"
+    )
 
 
 def _its_bits(scheme: Scheme, kind: type) -> int:
@@ -134,6 +143,7 @@ TARGETS: dict[str, Target] = {
         check=_of("onnx", "check"),
         kernel=_of("onnx_nodes", "kernel"),
         width=_of("onnx_nodes", "width"),
+        output=_no_output,
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
@@ -158,6 +168,7 @@ TARGETS: dict[str, Target] = {
         check=_of("onnx_qdq", "check_all"),
         kernel=_of("onnx_qdq", "kernel"),
         width=_of("onnx_qdq", "width"),
+        output=_of("onnx_qdq", "check_output"),
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
@@ -177,6 +188,7 @@ TARGETS: dict[str, Target] = {
         check=_of("compressed_tensors", "check"),
         kernel=_of("compressed_tensors_config", "kernel"),
         width=_its_bits,
+        output=_no_output,
         split=_of("tensor_parallel", "check_split"),
         serve=_of("compressed_tensors_consumers", "check_consumer"),
         cache=_of("compressed_tensors_config", "check_cache"),
@@ -196,6 +208,7 @@ TARGETS: dict[str, Target] = {
         check=_of("pytorch", "check"),
         kernel=_of("pytorch_modules", "kernel"),
         width=_of("pytorch_modules", "width"),
+        output=_no_output,
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
@@ -220,6 +233,7 @@ TARGETS: dict[str, Target] = {
         check=_of("gguf", "check"),
         kernel=_of("gguf_blocks", "kernel"),
         width=_its_bits,
+        output=_no_output,
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,

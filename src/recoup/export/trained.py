@@ -44,7 +44,7 @@ class Trained:
         answers: what the trained model answers.
         recorded: the part of it that goes into the folder.
         generation: of a model that the file decodes, what it says; None also where nobody has it any more.
-        lattices: the quantizers that belong to no module in `modules`, by name.
+        lattices: the quantizers that belong to no module in `modules`, as those of outputs, by name.
         cached: the quantizers of keys and values, as `cached` names them.
         kept: the tensors that are not quantized, with the values of the file; None where nobody has them any
             more, and the sums of the files have to speak for them.

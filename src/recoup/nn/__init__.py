@@ -1,8 +1,8 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
 `fake_quantizer.py` is one tensor, `modules.py` and `conv.py` the prepared modules (`twin.py` is what they
-have in common), `coded.py` the converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is
-called.
+have in common), `output.py` the output of any module, `coded.py` the converted ones, `kv_cache.py` what
+attention keeps, `call.py` how a model is called.
 """
 
 from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
@@ -30,10 +30,12 @@ from recoup.nn.modules import (
     is_prepared,
     quant_type,
 )
+from recoup.nn.output import OUTPUT, output_quantizer_of, output_quantizers, quantize_output
 from recoup.nn.twin import QuantModule
 
 __all__ = [
     "CODED_MODULES",
+    "OUTPUT",
     "QUANT_MODULES",
     "Batch",
     "CodedConv",
@@ -63,9 +65,12 @@ __all__ = [
     "is_prepared",
     "make_room",
     "moved",
+    "output_quantizer_of",
+    "output_quantizers",
     "quant_type",
     "quantization_off",
     "quantize_cache",
+    "quantize_output",
     "seen_bias",
     "size_of",
     "without_labels",

@@ -17,6 +17,7 @@ class Plan:
         schemes: the schemes in use, by name.
         modules: the name of the scheme of every quantized module.
         kept: the reason for every parameter that stays in float.
+        outputs: the spec of every module whose output is quantized, with a weight or without.
         kv: the spec of keys and values in the KV cache; None leaves them in float.
         caches: the attention modules that keep them so.
 
@@ -28,6 +29,7 @@ class Plan:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, QuantSpec] = field(default_factory=dict)
     kv: QuantSpec | None = None
     caches: tuple[str, ...] = ()
 

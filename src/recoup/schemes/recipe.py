@@ -239,6 +239,9 @@ class Recipe(_Section):
     scheme: Annotated[Scheme, BeforeValidator(_scheme), _Written]
     task: TaskSettings | None = None
     rules: tuple[Rule, ...] = ()
+    outputs: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="modules whose outputs are quantized too, as the scheme quantizes inputs"
+    )
     weight_ranges: Ranges | None = Field(
         default=None, description='replaces the ranges of every weight spec; "learned" trains the scales too'
     )
