@@ -63,9 +63,9 @@ def make_room(module: Any) -> None:
     Args:
         module: prepared and calibrated, with an integer bias.
     """
-    if getattr(module, "bias", None) is None:
-        return
     quantizer: FakeQuantizer = module.weight_quantizer
+    if getattr(module, "bias", None) is None or quantizer.scale is None:
+        return
     qparams = quantizer.stored_qparams
     least = module.bias.float().abs() / (_ROOM * _input_scale(module))
     quantizer.keep(replace(qparams, scale=torch.maximum(qparams.scale, least.reshape(-1, 1))))
@@ -78,7 +78,8 @@ def bias_codes(module: Any) -> Tensor:
 
 
 def _step(module: Any) -> Tensor:
-    return (_input_scale(module) * module.weight_quantizer.stored_qparams.scale.flatten()).detach()
+    qparams = module.weight_quantizer.qparams(module.matrix(module).detach())
+    return (_input_scale(module) * qparams.scale.flatten()).detach()
 
 
 def _input_scale(module: Any) -> Tensor:
