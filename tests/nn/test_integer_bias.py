@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import recoup
-from recoup.nn import QuantConv2d, bias_codes, quantization_off
+from recoup.nn import QuantConv2d, quantization_off
 from recoup.schemes import PRESETS, Scheme
 
 SCHEME = PRESETS["w7a8-ort-static"]
@@ -68,7 +68,7 @@ def test_the_codes_are_what_the_converted_module_adds(build: object, shape: tupl
     steps = (model[0].input_quantizer.scale * model[0].weight_quantizer.scale).detach().flatten()
     trained = model(x)
     recoup.convert(model)
-    codes = bias_codes(model[0])
+    codes = model[0].bias_codes
     assert codes.dtype == torch.int32
     assert torch.equal(codes.float() * steps, model[0].bias)
     assert torch.equal(model(x), trained)
@@ -83,7 +83,7 @@ def test_calibration_makes_room_for_the_bias_of_tiny_weights() -> None:
     model = ready(convolution, x)
     y = model(x)
     assert torch.allclose(y[:, 1], torch.ones(()), rtol=2**-15)
-    assert (bias_codes(recoup.convert(model)[0]).abs() <= 2**30 * (1 + 2**-20)).all()
+    assert (recoup.convert(model)[0].bias_codes.abs() <= 2**30 * (1 + 2**-20)).all()
 
 
 def test_a_bias_that_no_int32_holds_is_named() -> None:

@@ -4,12 +4,13 @@
     codes -> QLinearConv -> codes                                           what it becomes here
 
 That is if codes of one lattice are all that is made of a convolution's output, if its bias is an int32
-(`Scheme.integer_bias`: so training saw it), if no kernel of x86 saturates, and if the activation between does
-nothing that the lattice does not do: codes with zero point 0 end at 0, as a Relu does. The kernel adds
-products and bias in int32, exactly, and scales the sum once. So its codes are the trained ones, but for sums
-that lie within rounding error of a tie. See docs/decisions/0025.
+(`Scheme.integer_bias`: so training saw it), if no kernel of x86 saturates, if the activation between does
+nothing that the lattice does not do (codes with zero point 0 end at 0, as a Relu does), and if the model
+calls it once. The kernel adds products and bias in int32, exactly, and scales the sum once. So its codes are
+the trained ones, but for sums that lie within rounding error of a tie. See docs/decisions/0025.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from recoup.export.onnx import AGAIN
 from recoup.export.onnx_graph import Graph
 from recoup.export.onnx_nodes import fits_sixteen_bits
-from recoup.nn import CodedConv, FakeQuantizer, bias_codes
+from recoup.nn import CodedConv, FakeQuantizer
 
 ROUNDED_AS = "rounded as"  # in `values`: the module whose input lattice the output lies on
 _ACTIVATIONS = ("Relu", "Clip")
@@ -36,14 +38,16 @@ def compute_in_integers(model: ir.Model, coded: Mapping[str, Any], values: Value
         coded: converted modules, by path.
         values: the input and the output of every call of them; see `onnx.write`.
     """
-    for path, module in coded.items():
-        if not (isinstance(module, CodedConv) and module.scheme.integer_bias and path in values):
+    calls = Counter(called.partition(AGAIN)[0] for called in values)
+    once = {path: module for path, module in coded.items() if calls[path] == 1}
+    for path, module in once.items():
+        if not (isinstance(module, CodedConv) and module.scheme.integer_bias):
             continue
         node = next(
             node for node in model.graph for value in node.outputs if value.name == values[path]["output"]
         )
         if fits_sixteen_bits(module.weight.spec):
-            _convolution(model.graph, path, node, coded, values)
+            _convolution(model.graph, path, node, once, values)
     RemoveUnusedNodesPass()(model)
 
 
@@ -55,7 +59,8 @@ def _convolution(graph: ir.Graph, path: str, node: ir.Node, coded: Mapping[str, 
     graph.initializers.pop(f"{path}.scale")  # in the shape of the other form
     graph.initializers.pop(f"{path}.bias", None)
     nodes = Graph(path, graph.initializers, path, tied=False)
-    bias = () if module.bias is None else (nodes.initializer("bias", bias_codes(module).numpy()),)
+    biases = module.bias_codes
+    bias = () if biases is None else (nodes.initializer("bias", biases.numpy()),)
     new = nodes(
         "QLinearConv",
         codes,
@@ -100,6 +105,8 @@ def _quantizes(output: ir.Value, coded: Mapping[str, Any]) -> list[ir.Node]:
         output = activations[-1].outputs[0]
     found = list(output.consumers())
     if output.is_graph_output() or not all(node.op_type == "QuantizeLinear" for node in found):
+        return []
+    if not all(_path_of(node) in coded for node in found):
         return []
     lattices = [coded[_path_of(node)].input_quantizer for node in found]
     if not all(_same(lattices[0], lattice) for lattice in lattices[1:]):

@@ -73,7 +73,7 @@ def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
     tensors, packed = {tensor.name: tensor for tensor in file.graph.initializer}, read_codes(file)
     owners = _owners(file)
     return {
-        path: _same_view(path, layer.scheme.weights, *packed[path])
+        path: _same_view(path, layer.scheme.weights, *packed[path]) | _bias_codes(path, tensors)
         if path in packed
         else _typed(owners.get(path, path), layer.scheme.weights, tensors)
         for path, layer in layers.items()
@@ -202,7 +202,9 @@ def _is_typed(node: onnx.NodeProto) -> bool:
     return node.op_type == "DequantizeLinear" and axis < 2
 
 
-def _same_view(path: str, spec: QuantSpec, values: Array, scale: Array, zero_point: Array) -> Stored:
+def _same_view(
+    path: str, spec: QuantSpec, values: Array, scale: Array, zero_point: Array
+) -> dict[str, Array]:
     """Codes and zero points as they were trained, not as distances from the middle of their container.
 
     Raises:
@@ -215,6 +217,14 @@ def _same_view(path: str, spec: QuantSpec, values: Array, scale: Array, zero_poi
     if zero.any():
         raise ParityError(f"{path}: the zero point read back from the file is not 0, and the scheme has none")
     return {"codes": values + first, "scale": scale}
+
+
+def _bias_codes(path: str, tensors: Mapping[str, onnx.TensorProto]) -> dict[str, Array]:
+    """The bias, where the file has it in int32."""
+    bias = tensors.get(f"{path}.bias")
+    if bias is None or bias.data_type != onnx.TensorProto.INT32:
+        return {}
+    return {"bias_codes": numpy_helper.to_array(bias)}
 
 
 def _typed(path: str, spec: QuantSpec, tensors: Mapping[str, onnx.TensorProto]) -> Stored:

@@ -29,7 +29,10 @@ from recoup.numerics import QParams, QuantSpec
 KINDS: dict[str, type] = {kind.__name__.removeprefix("Coded"): kind for kind in CODED_MODULES.values()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PADDING = 1024  # a folder may say anything, and what it says is allocated
-_TYPES = {"zero_point": torch.int32}  # of tensors that are neither codes nor float32
+_TYPES = {
+    "zero_point": torch.int32,
+    "bias_codes": torch.int32,
+}  # of tensors that are neither codes nor float32
 
 
 @with_config(extra="forbid")
@@ -130,7 +133,8 @@ def rebuilt(
     else:
         if bias is not None and bias.shape != (rows,):
             raise ValueError(f"{path}: a bias of the shape {tuple(bias.shape)} for {rows} rows")
-        parts = {"bias": bias, "input_quantizer": _quantizer(path, layer, columns, inputs)}
+        parts = {"bias": bias, "bias_codes": tensors.get("bias_codes")}
+        parts |= {"input_quantizer": _quantizer(path, layer, columns, inputs)}
         if issubclass(layer.kind, CodedConv):
             parts |= _convolution(path, layer, convolution)
         else:

@@ -117,6 +117,7 @@ def tensors_of(module: CodedModule) -> dict[str, Tensor]:
         "zero_point": weight.zero_point,
         "offset": weight.offset,
         "global_scale": weight.global_scale,
+        "bias_codes": getattr(module, "bias_codes", None),
         "global_divisor": None if weight.global_scale is None else 1 / weight.global_scale,
     }
     if isinstance(quantizer, FakeQuantizer):

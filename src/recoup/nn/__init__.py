@@ -20,7 +20,7 @@ from recoup.nn.coded import (
 )
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
-from recoup.nn.integer_bias import bias_codes, make_room, seen_bias
+from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
 from recoup.nn.modules import (
     QUANT_MODULES,
@@ -54,7 +54,6 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",
-    "bias_codes",
     "cache_quantizers",
     "caching",
     "call",

@@ -85,12 +85,16 @@ class CodedModule(Protocol):
 class CodedLinear(nn.Module):
     """y = Q(x) decode(codes)^T + b."""
 
+    bias_codes: Tensor | None
+
     def __init__(self, prepared: QuantLinear | QuantConv1D, weight: Codes | None = None) -> None:
         super().__init__()
         self.scheme = prepared.scheme
         self.in_features, self.out_features = prepared.in_features, prepared.out_features
         self.weight = Codes.of(prepared) if weight is None else weight
-        self.bias: Tensor | None = coded_bias(prepared) if weight is None else prepared.bias
+        bias, codes = _bias(prepared, weight)
+        self.bias: Tensor | None = bias
+        self.register_buffer("bias_codes", codes)
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
@@ -114,6 +118,7 @@ class CodedConv(nn.Module):
     """
 
     convolution: ClassVar[Callable[..., Tensor]]
+    bias_codes: Tensor | None
 
     def __init__(self, prepared: QuantConv1d | QuantConv2d, weight: Codes | None = None) -> None:
         super().__init__()
@@ -124,7 +129,9 @@ class CodedConv(nn.Module):
         self.edges = tuple(prepared._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage]
         self.dilation, self.groups = prepared.dilation, prepared.groups
         self.weight = Codes.of(prepared) if weight is None else weight
-        self.bias: Tensor | None = coded_bias(prepared) if weight is None else prepared.bias
+        bias, codes = _bias(prepared, weight)
+        self.bias: Tensor | None = bias
+        self.register_buffer("bias_codes", codes)
         self.input_quantizer: FakeQuantizer | nn.Identity = prepared.input_quantizer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
@@ -174,3 +181,8 @@ CODED_MODULES: dict[type[nn.Module], Any] = {
 def is_coded(module: nn.Module) -> TypeGuard[CodedModule]:
     """A converted module."""
     return type(module) in CODED_MODULES.values()
+
+
+def _bias(prepared: Any, weight: Codes | None) -> tuple[Tensor | None, Tensor | None]:
+    """The bias and its codes: rounded here, or as they were stored beside the codes of the weight."""
+    return coded_bias(prepared) if weight is None else (prepared.bias, prepared.bias_codes)

@@ -28,21 +28,22 @@ def seen_bias(module: Any) -> Tensor | None:
     if not (module.input_quantizer.enabled and module.weight_quantizer.enabled):
         return bias
     step = _step(module)
-    rounded = (bias.detach().float() / step).round().clamp(-_LARGEST, _LARGEST) * step
-    return rounded.to(bias.dtype) + (bias - bias.detach())  # the difference is 0, and has the gradient
+    on_grid = (_codes(bias, step) * step).to(bias.dtype)
+    return on_grid + (bias - bias.detach())  # the difference is 0, and has the gradient
 
 
 @torch.no_grad()
-def coded_bias(prepared: Any) -> Tensor | None:
-    """The bias of the converted module.
+def coded_bias(prepared: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The bias of the converted module, and how many steps it is, in int32; None where it has no grid.
 
     Raises:
         ValueError: it is more steps than an int32 holds.
     """
     bias: Tensor | None = prepared.bias
     if bias is None or not prepared.scheme.integer_bias:
-        return bias
-    steps = (bias.float() / _step(prepared)).abs().amax()
+        return bias, None
+    step = _step(prepared)
+    steps = (bias.float() / step).abs().amax()
     if steps > _LARGEST:
         raise ValueError(
             f"{prepared.weight_quantizer.path.removesuffix('.weight')}: its bias is {float(steps):.2g} steps "
@@ -50,7 +51,7 @@ def coded_bias(prepared: Any) -> Tensor | None:
         )
     seen = seen_bias(prepared)
     assert seen is not None
-    return nn.Parameter(seen.detach().clone(), requires_grad=False)
+    return nn.Parameter(seen.detach().clone(), requires_grad=False), _codes(bias, step).to(torch.int32)
 
 
 @torch.no_grad()
@@ -71,10 +72,8 @@ def make_room(module: Any) -> None:
     quantizer.keep(replace(qparams, scale=torch.maximum(qparams.scale, least.reshape(-1, 1))))
 
 
-def bias_codes(module: Any) -> Tensor:
-    """Of a converted module: how many steps its bias is (outputs,), int32."""
-    steps = module.bias.double() / (_input_scale(module) * module.weight.scale.flatten()).double()
-    return steps.round().to(torch.int32)
+def _codes(bias: Tensor, step: Tensor) -> Tensor:
+    return (bias.detach().float() / step).round().clamp(-_LARGEST, _LARGEST)
 
 
 def _step(module: Any) -> Tensor:
