@@ -305,7 +305,7 @@ def test_a_module_that_returns_no_tensor_is_named() -> None:
         calibrate(model, [torch.randn(2, 4)])
 
 
-@pytest.mark.parametrize("target", ["onnx", "pytorch", "compressed-tensors", "gguf"])
+@pytest.mark.parametrize("target", ["pytorch", "compressed-tensors", "gguf"])
 def test_targets_that_hold_none_refuse_before_any_work(target: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TARGETS, target, replace(TARGETS[target], check=lambda *_: None))

@@ -39,7 +39,10 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # as torch writes it: a list of names, th
 FILE = "model.onnx"
 MODULES = "recoup.modules"  # like OUTPUTS a key of the file's metadata
 TIED = "recoup.tied"
-AGAIN = " again "  # in a key of MODULES, after the path of a module that is called more than once
+# In MODULES: in a key, after the path of a module that is called more than once; in an entry, the names of
+# values, and of the module or quantizer whose lattice the codes of such a value are on.
+AGAIN = " again "
+INPUT, ADDED, RESULT, LATTICE_OF = "input", "added", "output", " on the lattice of"
 _CLOSED = "QuantizedModule"
 _LARGEST_SINGLE_FILE = 2**31 - 2**20  # protobuf's limit, with room for the graph
 
@@ -94,7 +97,7 @@ def write(
         import onnx
         import onnx_ir as ir
 
-        from recoup.export import onnx_conv, onnx_graph, onnx_integer_conv, onnx_nodes
+        from recoup.export import onnx_conv, onnx_graph, onnx_integers, onnx_nodes
     except ImportError as error:
         raise ImportError(f"the onnx target needs {error.name}: pip install 'recoup[onnx]'") from None
 
@@ -117,6 +120,7 @@ def write(
             CodedLinear: onnx_nodes.linear,
             CodedConv: onnx_conv.conv,
             CodedEmbedding: onnx_nodes.embedding,
+            FakeQuantizer: onnx_nodes.output,
         }
     graph, values, owners = program.model.graph, dict[str, dict[str, str]](), _owners(coded)
     for node in [node for node in graph if node.op_type == _CLOSED]:
@@ -135,9 +139,9 @@ def write(
         for initializer in nodes.tape.initializers:
             graph.register_initializer(initializer)
         call_of_path = path if path not in values else f"{path}{AGAIN}{len(values)}"
-        values[call_of_path] = {"input": str(closed_input.name), "output": str(output.name)}
+        values[call_of_path] = {INPUT: str(closed_input.name), RESULT: str(output.name)}
     if for_onnxruntime:
-        onnx_integer_conv.compute_in_integers(program.model, coded, values)
+        onnx_integers.compute_in_integers(program.model, coded, values)
     if any(node.domain == onnx_graph.MICROSOFT for node in graph):
         program.model.opset_imports[onnx_graph.MICROSOFT] = 1
     program.model.opset_imports.pop("recoup", None)

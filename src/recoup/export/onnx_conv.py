@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from recoup.export import onnx_qdq
 from recoup.export.onnx_graph import Graph
-from recoup.export.onnx_nodes import input_layout, static_codes, weight_layout
+from recoup.export.onnx_nodes import centred, input_layout, static_codes, weight_layout
 from recoup.nn import CodedConv
 
 
@@ -33,15 +33,10 @@ def conv(g: Graph, module: CodedConv, x: ir.Value) -> ir.Value:
     match input_layout(module.scheme):
         case "per tensor, static":
             codes, input_scale, zero = static_codes(g, module.input_quantizer, x)
-            x, scale = _centred(g, codes, zero), g("Mul", scale, input_scale)
+            x, scale = centred(g, codes, zero), g("Mul", scale, input_scale)
         case "per tensor":
             codes, input_scale, zero = g.several("DynamicQuantizeLinear", x, outputs=3)
-            x = g("Mul", _centred(g, codes, zero), input_scale)
+            x = g("Mul", centred(g, codes, zero), input_scale)
         case _:
             pass
     return onnx_qdq.convolved(g, module, x, g("Mul", weight, scale))
-
-
-def _centred(g: Graph, codes: ir.Value, zero: ir.Value) -> ir.Value:
-    """Codes less their zero point, as floats: exact."""
-    return g("Sub", *(g("Cast", value, to=int(ir.DataType.FLOAT)) for value in (codes, zero)))

@@ -60,6 +60,20 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
         ) from None
 
 
+def check_output(path: str, spec: QuantSpec) -> None:
+    """Can onnxruntime compute quantized outputs of this spec?
+
+    Raises:
+        ValueError: it cannot; names the module.
+    """
+    try:
+        layout = input_layout(Scheme(name="outputs", weights=spec, inputs=spec))
+    except ValueError as error:
+        raise ValueError(f"outputs: {path}: {error}") from None
+    if layout != "per tensor, static":
+        raise ValueError(f"outputs: {path}: onnxruntime has outputs in integers per tensor, not {layout}")
+
+
 def _elsewhere(path: str, scheme: Scheme, kind: type) -> str:
     """Where a file of this scheme can be had nevertheless."""
     try:
@@ -289,14 +303,27 @@ def _static_codes_then_integers(g: Graph, module: CodedLinear, x: ir.Value) -> i
     return _integer_product(g, module, codes, zero, scale)
 
 
-def static_codes(g: Graph, quantizer: nn.Module, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+def output(g: Graph, quantizer: FakeQuantizer, x: ir.Value) -> ir.Value:
+    """Behind a module whose output is quantized: its codes, and what they stand for."""
+    codes, scale, zero = static_codes(g, quantizer, x, "output")
+    return g("Mul", centred(g, codes, zero), scale)
+
+
+def centred(g: Graph, codes: ir.Value, zero: ir.Value) -> ir.Value:
+    """Codes less their zero point, as floats: exact."""
+    return g("Sub", *(g("Cast", value, to=int(ir.DataType.FLOAT)) for value in (codes, zero)))
+
+
+def static_codes(
+    g: Graph, quantizer: nn.Module, x: ir.Value, what: str = "input"
+) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Codes in uint8, scale and zero point of a static or learned lattice; signed codes lie around 128."""
     assert isinstance(quantizer, FakeQuantizer)
     qparams = quantizer.stored_qparams
     offset = 128 if quantizer.spec.format.lo else 0
     zero_point = 0 if qparams.zero_point is None else int(qparams.zero_point)
-    scale = g.initializer("input_scale", np.array(float(qparams.scale.detach()), np.float32))
-    zero = g.initializer("input_zero_point", np.array(zero_point + offset, np.uint8))
+    scale = g.initializer(f"{what}_scale", np.array(float(qparams.scale.detach()), np.float32))
+    zero = g.initializer(f"{what}_zero_point", np.array(zero_point + offset, np.uint8))
     return g("QuantizeLinear", x, scale, zero), scale, zero
 
 

@@ -26,15 +26,14 @@ from torch import Tensor, nn
 from recoup.engines.onnxruntime import OnnxModel
 from recoup.export import onnx_bytes, onnx_cache
 from recoup.export.answers import answers
-from recoup.export.onnx import AGAIN, FILE, MODULES, TIED
+from recoup.export.onnx import ADDED, AGAIN, FILE, INPUT, LATTICE_OF, MODULES, RESULT, TIED
 from recoup.export.onnx_decoding import generation
-from recoup.export.onnx_integer_conv import ROUNDED_AS
 from recoup.export.onnx_nodes import container_bits
 from recoup.export.onnx_report import in_float
-from recoup.export.parity import Array, Parity, ParityError, equal, expected
+from recoup.export.parity import Array, Parity, ParityError, added, equal, expected
 from recoup.export.tracing import positional
 from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded, lattices
-from recoup.nn import OUTPUT, Batch, FakeQuantizer, call
+from recoup.nn import OUTPUT, Batch, CodedModule, FakeQuantizer, call
 from recoup.numerics import QuantSpec, dequantize
 
 
@@ -111,19 +110,12 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
     file = onnx.load(folder / FILE)
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
     outputs = {name: each for name, each in trained.lattices.items() if name.endswith(f".{OUTPUT}")}
-    _same_outputs(file, {called.partition(AGAIN)[0] for called in mapped} - set(trained.modules), outputs)
+    _same_outputs(file, mapped, trained.modules, outputs)
     results = _OpenedFile(file, folder, mapped, load).run(trained.example)
     worst = 0.0
     for called, values in mapped.items():
         path = called.partition(AGAIN)[0]
-        x, y = results[values["input"]], results[values["output"]]
-        module: Any = outputs[path] if path in outputs else trained.modules[path]
-        if x.dtype == torch.uint8:
-            x = _decoded(x, module.input_quantizer)
-        expected_y, bound = expected(module, x)
-        if ROUNDED_AS in values:
-            reader: Any = trained.modules[values[ROUNDED_AS]]
-            y, expected_y, bound = _rounded(y, expected_y, bound, reader.input_quantizer)
+        y, expected_y, bound = _both(path, values, results, trained.modules, outputs)
         excess = ((y.double() - expected_y).abs() / bound).max()
         if not excess <= 1:
             raise ParityError(
@@ -146,17 +138,59 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
     )
 
 
-def _same_outputs(file: onnx.ModelProto, found: set[str], trained: Mapping[str, FakeQuantizer]) -> None:
+def _same_outputs(
+    file: onnx.ModelProto,
+    mapped: Mapping[str, Mapping[str, str]],
+    modules: Mapping[str, CodedModule],
+    trained: Mapping[str, FakeQuantizer],
+) -> None:
     """The file quantizes the outputs of these modules and no others, with the trained scales.
+
+    One that rounds again what is rounded has no scale there. That it changes nothing is seen in its output.
 
     Raises:
         ParityError: it does not; names the module.
     """
-    check_modules("the file quantizes the outputs of", found, trained)
+    found = {called.partition(AGAIN)[0] for called in mapped}
+    check_modules("the file quantizes the outputs of", found - set(modules), trained)
     tensors = {tensor.name: tensor for tensor in file.graph.initializer}
     for path, quantizer in trained.items():
-        scale = onnx_bytes.read_scales(tensors[f"{path.removesuffix(f'.{OUTPUT}')}.output_scale"])
+        name = f"{path.removesuffix(f'.{OUTPUT}')}.output_scale"
+        if name not in tensors and mapped[path][INPUT] == mapped[path][RESULT]:
+            continue
+        scale = onnx_bytes.read_scales(tensors[name])
         equal(path, "scale", scale.reshape(1, 1), quantizer.stored_qparams.scale.detach())
+
+
+def _both(
+    path: str,
+    values: Mapping[str, str],
+    results: Mapping[str, Tensor],
+    modules: Mapping[str, CodedModule],
+    outputs: Mapping[str, FakeQuantizer],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the engine made of a module's input, what was trained, and how far they may be apart."""
+
+    def lattice(end: str) -> FakeQuantizer | None:
+        owner = values.get(f"{end}{LATTICE_OF}")
+        if owner is None:
+            return None
+        module: Any = outputs[owner] if owner in outputs else modules[owner]
+        return module if isinstance(module, FakeQuantizer) else module.input_quantizer
+
+    def value(end: str) -> Tensor:
+        codes_of, found = lattice(end), results[values[end]]
+        return found if codes_of is None else _decoded(found, codes_of)
+
+    x, y, rounds = value(INPUT), value(RESULT), lattice(RESULT)
+    if ADDED in values:
+        expected_y, bound = added(x, value(ADDED))
+        return y, *_rounded(expected_y, bound, outputs[path])
+    if path in outputs:
+        return y, *expected(outputs[path], x)
+    module: Any = modules[path]
+    found = expected(module, x)
+    return y, *(found if rounds is None else _rounded(*found, rounds))
 
 
 def _decoded(codes: Tensor, lattice: FakeQuantizer) -> Tensor:
@@ -166,17 +200,14 @@ def _decoded(codes: Tensor, lattice: FakeQuantizer) -> Tensor:
     return dequantize(view, lattice.stored_qparams, lattice.spec).reshape(codes.shape)
 
 
-def _rounded(
-    codes: Tensor, trained: Tensor, bound: Tensor, lattice: FakeQuantizer
-) -> tuple[Tensor, Tensor, Tensor]:
-    """An output that the engine gives as codes, what was trained, and how far they may be apart.
+def _rounded(trained: Tensor, bound: Tensor, lattice: FakeQuantizer) -> tuple[Tensor, Tensor]:
+    """The same of an output that the engine makes in codes, and that is decoded.
 
     A code is right if what it stands for is the nearest to something within the bound of the trained sum:
     half a step more. What lies outside of the lattice has the code at its end.
     """
     ends = _decoded(torch.tensor([0, 255], dtype=torch.uint8), lattice).double()
-    half = lattice.stored_qparams.step.double().flatten() / 2
-    return _decoded(codes, lattice), trained.clamp(*ends), bound + half
+    return trained.clamp(*ends), bound + lattice.stored_qparams.step.double().flatten() / 2
 
 
 def _modules(file: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -305,7 +336,8 @@ class _OpenedFile:
         modules: dict[str, dict[str, str]],
         load: Callable[[Path], OnnxModel],
     ) -> None:
-        self.names = sorted({values[end] for values in modules.values() for end in ("input", "output")})
+        ends = (INPUT, ADDED, RESULT)
+        self.names = sorted({values[end] for values in modules.values() for end in ends if end in values})
         opened = onnx.ModelProto()
         opened.CopyFrom(file)
         known = {value.name for value in (*opened.graph.input, *opened.graph.output)}

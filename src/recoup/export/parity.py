@@ -115,6 +115,12 @@ def expected(module: CodedModule | FakeQuantizer, x: Tensor) -> tuple[Tensor, Te
     return _product(module, seen, weight) + bias, bound + _TINY
 
 
+def added(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """A sum of two tensors in float64, and how far it may be where each is scaled and added in float32."""
+    x, other = x.double(), other.double()
+    return x + other, 8 * _roundoff(torch.float32) * (x.abs() + other.abs()) + _TINY
+
+
 def _product(module: CodedLinear | CodedConv, x: Tensor, matrix: Tensor) -> Tensor:
     """The module's sums of products, with this matrix as its weight."""
     if isinstance(module, CodedLinear):

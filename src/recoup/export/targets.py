@@ -99,7 +99,7 @@ def _as_it_is(model: nn.Module) -> nn.Module:
 def _no_output(path: str, spec: QuantSpec) -> None:
     raise ValueError(
         f"outputs: {path} is to have a quantized output ({spec}), which files for this target do not hold; "
-        "leave it out, or export to onnx-qdq"
+        "leave it out, or export to onnx or onnx-qdq"
     )
 
 
@@ -143,11 +143,11 @@ TARGETS: dict[str, Target] = {
         check=_of("onnx", "check"),
         kernel=_of("onnx_nodes", "kernel"),
         width=_of("onnx_nodes", "width"),
-        output=_no_output,
+        output=_of("onnx_nodes", "check_output"),
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
-        settle=_as_it_is,
+        settle=_of("onnx_settle", "share_scales_of_integers"),
         write=_of("onnx", "write"),
         trained=_of("onnx_parity", "trained"),
         stored=_of("onnx_parity", "stored"),

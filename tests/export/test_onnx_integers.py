@@ -1,4 +1,4 @@
-"""Convolutions from codes to codes: what is written as QLinearConv, what is not, and that it is proved."""
+"""From codes to codes: what is written as QLinearConv and QLinearAdd, what is not, and that it is proved."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import recoup
-from recoup.export import TARGETS, Parity, ParityError
+from recoup.export import TARGETS, Parity, ParityError, verify
 from recoup.numerics import IntFormat
 from recoup.schemes import PRESETS, Recipe
 
@@ -61,10 +61,10 @@ def images() -> Tensor:
     return 3 * torch.randn(4, 3, 12, 12)
 
 
-def ready(model: nn.Module, scheme: object = SCHEME) -> nn.Module:
+def ready(model: nn.Module, scheme: object = SCHEME, outputs: tuple[str, ...] = ()) -> nn.Module:
     model.eval()
-    recoup.prepare(model, recoup.resolve(model, Recipe(scheme=scheme)))
-    return recoup.calibrate(model, [images()])
+    recoup.prepare(model, recoup.resolve(model, Recipe(scheme=scheme, outputs=outputs)))
+    return TARGETS["onnx"].settle(recoup.calibrate(model, [images()]))
 
 
 def written(model: nn.Module, folder: Path) -> tuple[onnx.ModelProto, Parity]:
@@ -125,6 +125,61 @@ def test_a_convolution_that_is_called_twice_stays_in_float_sums(tmp_path: Path) 
     found = operators(file)
     assert (found["QLinearConv"], found["Conv"]) == (0, 4)
     assert parity.modules == 3
+
+
+class Bottleneck(nn.Module):
+    """As in MobileNetV2: wide, filtered, narrow, and added to what came in."""
+
+    def __init__(self, *, adds: bool = True) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 1)
+        self.filter = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.adds = adds
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.narrow(F.relu6(self.filter(F.relu6(self.wide(x)))))
+        return x + y if self.adds else y
+
+
+class MobileNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(Bottleneck(), Bottleneck(adds=False), Bottleneck())
+        self.last, self.act = nn.Conv2d(8, 32, 1), nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.last(self.blocks(self.stem(x)))).mean(dim=(2, 3))
+
+
+ALL = ("stem", "blocks.?", "blocks.?.narrow", "act")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "found"),
+    [
+        (ALL, {"QLinearConv": 11, "QLinearAdd": 2, "QuantizeLinear": 1}),
+        (("stem", "blocks.?", "blocks.?.narrow"), {"QLinearConv": 10, "QLinearAdd": 2, "Conv": 1}),
+        (("blocks.?",), {"QLinearConv": 7, "Conv": 4, "Add": 2}),
+        ((), {"QLinearConv": 6, "Conv": 5, "Add": 2}),
+    ],
+    ids=["all", "not the last", "blocks alone", "none"],
+)
+def test_a_network_with_residuals_stays_in_codes_where_outputs_are_quantized(
+    outputs: tuple[str, ...], found: dict[str, int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    file, parity = written(ready(MobileNet(), outputs=outputs), tmp_path / "out")
+    counted = operators(file)
+    assert {name: counted[name] for name in ("QLinearConv", "QLinearAdd", "Conv", "Add")} == {
+        "QLinearConv": 0, "QLinearAdd": 0, "Conv": 0, "Add": 0,
+    } | {name: count for name, count in found.items() if name != "QuantizeLinear"}  # fmt: skip
+    if "QuantizeLinear" in found:  # the image's alone
+        assert counted["QuantizeLinear"] == found["QuantizeLinear"]
+    assert parity.modules == 11
+    assert parity.worst_module is not None
+    assert parity.worst_module <= 1
+    assert verify(tmp_path / "out").same
 
 
 def test_two_readers_of_two_lattices_keep_the_output_in_float(tmp_path: Path) -> None:
