@@ -188,7 +188,11 @@ def _outputs(model: nn.Module, recipe: Recipe) -> dict[str, QuantSpec]:
             f"outputs: they are quantized as scheme {recipe.scheme.name!r} quantizes inputs, and that is not "
             "static per tensor; use w8a8-static or fp8-static"
         )
-    return {name: spec for name in names if any(fnmatchcase(name, pattern) for pattern in recipe.outputs)}
+    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in recipe.outputs)]
+    for name in found:
+        if isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict):
+            raise ValueError(f"outputs: {name} is a list of modules and returns nothing; name those in it")
+    return dict.fromkeys(found, spec)
 
 
 def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, list[str]]) -> Scheme | str:

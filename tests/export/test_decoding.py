@@ -26,7 +26,8 @@ from transformers import (
 
 from recoup import Recipe, calibrate, convert, export, prepare, resolve
 from recoup.engines.onnxruntime import OnnxModel
-from recoup.export import Parity, ParityError
+from recoup.export import Parity, ParityError, verify
+from recoup.export.onnx_cache import unpadded
 from recoup.export.onnx_decoding import Generation, generation
 from tests.export.gguf_models import WORDS, batch, small
 from tests.export.llamas import Processor
@@ -365,3 +366,34 @@ def test_a_file_does_not_tell_where_it_was_traced(files: Callable[[str], Made]) 
     content = (files("llama w4a16").folder / "model.onnx").read_bytes()
     for path in (transformers.__file__, importlib.import_module("recoup.export.onnx").__file__):
         assert str(Path(path).parent).encode() not in content
+
+
+PADDED = {"on the left": (slice(0, 3), slice(0, 5)), "on the right": (slice(5, 8), slice(3, 8))}
+
+
+@pytest.mark.parametrize("name", ["gemma3 w4a16", "gpt2 w4a16", "llama w8a8-ort"])
+@pytest.mark.parametrize("places", PADDED.values(), ids=PADDED)
+@pytest.mark.parametrize("cached", [True, False], ids=["decodes", "whole"])
+def test_padding_in_the_first_batch_is_nobodys_answer(
+    name: str, places: tuple[slice, ...], cached: bool, tmp_path: Path
+) -> None:
+    architecture, recipe = FILES[name]
+    model: Any = MODELS[architecture]()
+    model.generation_config.use_cache = model.config.use_cache = cached
+    padded = batch(samples=3) | {"attention_mask": torch.ones(3, 8, dtype=torch.int64)}
+    for row, place in enumerate(places):
+        padded["attention_mask"][row, place] = 0
+    prepare(model, resolve(model, Recipe.model_validate(recipe)))
+    calibrate(model, [padded], observer="minmax")
+    parity = export(model, tmp_path / "out", "onnx", processor=Processor())
+    assert parity.same_word == 1
+    assert verify(tmp_path / "out").same
+
+
+def test_the_largest_batch_without_padding_is_compared() -> None:
+    mask = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]])
+    ids = torch.arange(20).reshape(4, 5)
+    found = unpadded(gpt2(), {"input_ids": ids, "attention_mask": mask})
+    assert isinstance(found, dict)
+    assert found["input_ids"].tolist() == [[6, 7, 8, 9], [10, 11, 12, 13]]
+    assert found["attention_mask"].all()

@@ -258,6 +258,7 @@ def test_the_account_names_them() -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "no module": ({"outputs": ["block.0"]}, "outputs: 'block.0' matches no module; did you mean blocks.0"),
+    "a list of modules": ({"outputs": ["lists"]}, "outputs: lists is a list of modules .* name those in it"),
     "inputs that are float": (
         {"scheme": Scheme(name="mine", weights=PRESETS["w8a8"].weights), "outputs": ["blocks.0"]},
         "outputs: .* 'mine' .* use w8a8-static"),
@@ -268,8 +269,10 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("fields", "message"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be_quantized_is_refused(fields: Any, message: str) -> None:
+    model = plain()
+    model.lists = nn.ModuleList([nn.ReLU()])
     with pytest.raises(ValueError, match=message):
-        resolve(plain(), Recipe.model_validate({"scheme": "w8a8-static"} | fields))
+        resolve(model, Recipe.model_validate({"scheme": "w8a8-static"} | fields))
 
 
 def test_a_plan_for_another_model_leaves_this_one_as_it_is() -> None:

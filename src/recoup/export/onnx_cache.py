@@ -88,6 +88,31 @@ def traced(model: nn.Module, example: Batch) -> Traced:
     )
 
 
+def unpadded(model: nn.Module, example: Batch) -> Batch:
+    """The largest batch without padding that a language model's example has: beginnings of longer sequences.
+
+    What is computed at places of padding is nobody's answer, and hangs on how a mask is written that hides
+    everything before it.
+
+    Args:
+        model: any; what is no language model keeps its example.
+        example: one batch.
+    """
+    given = _named(model, example)
+    mask: Any = given.get("attention_mask")
+    speaks = getattr(model, "generation_config", None) is not None and {"input_ids"} < set(given) <= set(
+        _AXES
+    )
+    if not speaks or mask is None or mask.ndim != 2 or bool((mask > 0).all()):
+        return example
+    real = mask > 0
+    lengths = real.sum(dim=1)
+    tokens = max((int(length) for length in lengths), key=lambda n: n * int((lengths >= n).sum()))
+    rows = [ids[seen][:tokens] for ids, seen in zip(given["input_ids"], real, strict=True)]
+    ids = torch.stack([row for row in rows if len(row) == tokens])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 class Step(nn.Module):
     """A language model whose cache goes in and out as tensors.
 

@@ -48,6 +48,7 @@ def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
 def trained_whole(model: nn.Module, folder: Path, example: Batch) -> Trained:
     """The same of a file that is for whole sequences."""
     del folder
+    example = onnx_cache.unpadded(model, example)
     modules, places = coded(model)
     answered, recorded = answers(model, example)
     return Trained(
