@@ -53,7 +53,7 @@ def jobs(asked: argparse.Namespace) -> Iterator[tuple[str, tuple[str, Job]]]:
                 yield f"write {name}, {way}", (sys.executable, common | {"measure": "write", "way": way})
         for setting in subject.settings:
             # generating takes seconds, and a pass milliseconds
-            counts = {"turns": 3, "repeats": 0} if name == "llm" else {"turns": asked.turns, "repeats": 3}
+            counts = {"turns": 5, "repeats": 0} if name == "llm" else {"turns": asked.turns, "repeats": 3}
             job = common | counts | {"measure": "time", "setting": setting, "without": []}
             yield f"time {name}, {setting}", (sys.executable, job)
         first = next(iter(subject.settings))
