@@ -104,7 +104,8 @@ def draw(cells: dict[str, Any], file: Path) -> None:
             axes.barh(y, middle, color=colour, height=0.75)
             axes.plot([seen[len(seen) // 4], seen[-1 - len(seen) // 4]], [y, y], color="#222", lw=0.8)
             axes.annotate(f"{middle:.2f}", (max(middle, seen[-1 - len(seen) // 4]), y), (4, 0),
-                          textcoords="offset points", va="center", size=8)  # fmt: skip
+                          textcoords="offset points", va="center", size=8,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
         axes.set_yticks(range(len(found["speedups"])), list(found["speedups"]), size=8)
         axes.invert_yaxis()
         axes.axvline(1, color="#222", lw=0.8)

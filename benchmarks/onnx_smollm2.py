@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import recoup
 from recoup.engines import onnxruntime
-from recoup.export.onnx_nodes import container_bits
+from recoup.export.onnx_layouts import container_bits
 from recoup.nn import Codes
 from recoup.tasks.assets import fetch
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import recoup
 from recoup.export import TARGETS, Parity, ParityError, verify
 from recoup.numerics import IntFormat
 from recoup.schemes import PRESETS, Recipe
+from recoup.transforms import fuse
 
 SCHEME = PRESETS["w7a8-ort-static"]
 assert SCHEME.inputs is not None
@@ -180,6 +183,62 @@ def test_a_network_with_residuals_stays_in_codes_where_outputs_are_quantized(
     assert parity.worst_module is not None
     assert parity.worst_module <= 1
     assert verify(tmp_path / "out").same
+
+
+def test_a_resnet_of_transformers_stays_in_codes_through_its_pooling(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: Any = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes)).eval()
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32)}
+    fuse(model, batch)
+    stages = "resnet.encoder.stages.?.layers.?"
+    outputs = ("resnet.embedder.embedder", "*.shortcut", f"{stages}.layer.1", stages)
+    recoup.prepare(model, recoup.resolve(model, Recipe(scheme=SCHEME, outputs=outputs)))
+    TARGETS["onnx"].settle(recoup.calibrate(model, [batch]))
+    parity = recoup.export(model, tmp_path / "out", "onnx", processor=Nothing())
+    found = operators(onnx.load(tmp_path / "out" / "model.onnx"))
+    assert {name: found[name] for name in ("QLinearConv", "QLinearAdd", "Conv", "Add", "QuantizeLinear")} == {
+        "QLinearConv": 10, "QLinearAdd": 4, "Conv": 0, "Add": 0, "QuantizeLinear": 1,
+    }  # fmt: skip
+    assert found["MaxPool"] == 1
+    assert parity.worst_module is not None
+    assert parity.worst_module <= 1
+    assert verify(tmp_path / "out").same
+
+
+class Nothing:
+    """Takes the place of an image processor."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        assert folder.is_dir()
+
+
+def a_sum(file: onnx.ModelProto) -> None:
+    """Adds the first tensor to itself."""
+    node = next(node for node in file.graph.node if node.op_type == "QLinearAdd")
+    node.input[3:6] = node.input[:3]
+
+
+def a_range(file: onnx.ModelProto) -> None:
+    """What goes into the sum is scaled by another number than it was made with."""
+    node = next(node for node in file.graph.node if node.op_type == "QLinearAdd")
+    (scale,) = (tensor for tensor in file.graph.initializer if tensor.name == node.input[4])
+    other = numpy_helper.from_array(1.02 * numpy_helper.to_array(scale), "another_scale")
+    file.graph.initializer.append(other)
+    node.input[4] = other.name
+
+
+@pytest.mark.parametrize("damage", [a_sum, a_range])
+def test_a_sum_that_is_not_the_trained_one_is_found(
+    damage: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = ready(MobileNet(), outputs=ALL)
+    file, _ = written(model, tmp_path / "out")
+    damage(file)
+    onnx.save(file, tmp_path / "out" / "model.onnx")
+    with pytest.raises(ParityError, match=r"blocks\.0\.output.*: onnxruntime's output is"):
+        TARGETS["onnx"].verify(recoup.convert(model), tmp_path / "out", images())
 
 
 def test_two_readers_of_two_lattices_keep_the_output_in_float(tmp_path: Path) -> None:

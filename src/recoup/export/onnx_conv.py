@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from recoup.export import onnx_qdq
 from recoup.export.onnx_graph import Graph
-from recoup.export.onnx_nodes import centred, input_layout, static_codes, weight_layout
+from recoup.export.onnx_layouts import input_layout, weight_layout
+from recoup.export.onnx_nodes import centred, static_codes
 from recoup.nn import CodedConv
 
 

@@ -6,8 +6,8 @@
     codes, codes -> floats -> Add -> [Relu, Clip] -> QuantizeLinear -> codes
     codes, codes -> QLinearAdd -> codes
 
-    codes -> floats -> QuantizeLinear on the same lattice -> codes
-    codes
+    codes -> floats -> [MaxPool, Reshape, ...] -> QuantizeLinear on the same lattice -> codes
+    codes -> [MaxPool, Reshape, ...] -> codes
 
 A convolution becomes one if codes of one lattice are all that is made of its output, if its bias is an int32
 (`Scheme.integer_bias`: so training saw it), if no kernel of x86 saturates, and if the activation between does
@@ -29,10 +29,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from recoup.export.onnx import ADDED, AGAIN, INPUT, LATTICE_OF, RESULT
 from recoup.export.onnx_graph import MICROSOFT, Graph
-from recoup.export.onnx_nodes import fits_sixteen_bits
+from recoup.export.onnx_layouts import fits_sixteen_bits
 from recoup.nn import OUTPUT, CodedConv, FakeQuantizer
 
 _ACTIVATIONS = ("Relu", "Clip")
+# They hand on values of what they read and make no others, so it does not matter whether these are codes.
+_HAND_ON = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity")
 _ATTRIBUTES = ("kernel_shape", "strides", "dilations", "group", "pads")
 _HIGHEST = 255
 
@@ -85,9 +87,15 @@ class _Rewriting:
 
     def round_once(self, quantize: ir.Node) -> None:
         """What comes from codes of the same lattice has these codes already."""
-        path, codes = self._path_of(quantize), self._decoded(quantize.inputs[0])
+        handing, x = list[ir.Node](), quantize.inputs[0]
+        while x is not None and (node := x.producer()) is not None and node.op_type in _HAND_ON:
+            handing.append(node)
+            x = node.inputs[0]
+        path, codes = self._path_of(quantize), self._decoded(x)
         if path is None or codes is None or not _equal((codes.scale, codes.zero_point), quantize.inputs[1:3]):
             return
+        for node in reversed(handing):
+            codes = codes._replace(value=self._of_codes(node, codes.value))
         self._replace([quantize], codes)
 
     def convolution(self, path: str, module: CodedConv) -> None:
@@ -144,6 +152,21 @@ class _Rewriting:
                 codes = self._decoded(self._maker(self.values[path][RESULT]).outputs[0])
                 if codes is not None:
                     yield path, codes
+
+    def _of_codes(self, node: ir.Node, codes: ir.Value) -> ir.Value:
+        """What a node that hands on values makes of codes."""
+        known = (other for other in codes.consumers() if other.op_type == node.op_type)
+        for other in known:  # for another reader
+            if other.inputs[1:] == node.inputs[1:] and other.attributes == node.attributes:
+                return other.outputs[0]
+        copy = ir.Node(
+            "", node.op_type, [codes, *node.inputs[1:]], node.attributes.values(), name=f"{node.name}_codes"
+        )
+        made = copy.outputs[0]
+        made.name = f"{node.outputs[0].name}_codes"
+        made.dtype, made.shape = ir.DataType.UINT8, node.outputs[0].shape
+        self.graph.insert_after(node, copy)
+        return made
 
     def _insert(self, node: ir.Node, nodes: Graph, made: ir.Value, quantizes: list[ir.Node]) -> _Codes:
         """Put a node that makes codes beside the one that made floats, and let everybody read it."""

@@ -26,10 +26,11 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from recoup.export import onnx_qdq
+from recoup.export import onnx_qdq, onnx_types
 from recoup.export.onnx_graph import MICROSOFT, Array, Graph
+from recoup.export.onnx_layouts import container_bits, fits_sixteen_bits, input_layout, weight_layout
 from recoup.nn import CodedConv, CodedEmbedding, CodedLinear, Codes, FakeQuantizer
-from recoup.numerics import E4M3, E5M2, FLOAT32, IntFormat, QuantSpec
+from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
 
 _RUNS = {
@@ -77,7 +78,7 @@ def check_output(path: str, spec: QuantSpec) -> None:
 def _elsewhere(path: str, scheme: Scheme, kind: type) -> str:
     """Where a file of this scheme can be had nevertheless."""
     try:
-        onnx_qdq.check(path, scheme, kind)
+        onnx_types.check(path, scheme, kind)
     except ValueError:
         return ""
     return "; the target 'onnx-qdq' writes it for other engines, such as TensorRT"
@@ -103,15 +104,6 @@ def width(scheme: Scheme, kind: type) -> int:
     """The bits that a code of its weight takes in the file."""
     del kind
     return container_bits(scheme.weights.format.bits) if weight_layout(scheme.weights) == "groups" else 8
-
-
-def container_bits(bits: int) -> int:
-    """The width a code takes in the file: MatMulNBits knows 2, 4 and 8.
-
-    >>> [container_bits(bits) for bits in range(2, 9)]
-    [2, 4, 4, 8, 8, 8, 8]
-    """
-    return next(width for width in (2, 4, 8) if bits <= width)
 
 
 def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
@@ -155,7 +147,6 @@ def _check_convolution(scheme: Scheme) -> None:
         raise ValueError(f"convolutions with weights in {weights} and inputs {inputs} have no kernel there")
 
 
-_EIGHT_BIT_FLOATS = (E4M3, E5M2)
 LinearNodes = Callable[[Graph, CodedLinear, ir.Value], ir.Value]
 
 
@@ -171,65 +162,6 @@ def _linear_nodes(scheme: Scheme) -> LinearNodes:
     ):
         raise ValueError("inputs in the blocks of 2-bit weights need groups of 32, 64 or 128")
     return _LINEAR[layouts]
-
-
-def weight_layout(spec: QuantSpec) -> str:
-    """What is one scale for.
-
-    Raises:
-        ValueError: for something that onnxruntime has no kernel for.
-    """
-    if spec.format in _EIGHT_BIT_FLOATS and spec.scale_format == FLOAT32 and not spec.has_offset:
-        return "floats"
-    if not isinstance(spec.format, IntFormat) or spec.global_scale or spec.has_offset:
-        raise ValueError(f"{spec.format.name} weights with {_scales(spec)} have no kernel there")
-    match (spec.granularity.rows, spec.granularity.columns):
-        case (1, None) if spec.symmetric and spec.format.signed:
-            return "channels"
-        case (1, int(group)) if group >= 16 and group & (group - 1) == 0:
-            return "groups"
-        case _:
-            raise ValueError(
-                f"weights per {spec.granularity} have no kernel there: symmetric per channel, "
-                "or groups of a power of two from 16 up"
-            )
-
-
-def input_layout(scheme: Scheme) -> str:
-    """What is one scale for, and who knows it.
-
-    Raises:
-        ValueError: for something that onnxruntime has no kernel for.
-    """
-    spec = scheme.inputs
-    if spec is None:
-        return "in float"
-    if spec.format in _EIGHT_BIT_FLOATS and _float32_scales(spec):
-        onnx_qdq.check_inputs(spec, CodedLinear)
-        return "in 8-bit floats"
-    if not (isinstance(spec.format, IntFormat) and spec.format.bits == 8 and _float32_scales(spec)):
-        raise ValueError(f"{spec.format.name} inputs with {_scales(spec)} have no kernel there")
-    symmetric = spec.format.signed and spec.scale_rule == "narrow"
-    match (spec.granularity.rows, spec.granularity.columns, spec.ranges):
-        case (1, None, "dynamic") if symmetric:
-            return "per token"
-        case (1, int(group), "dynamic") if symmetric and group == scheme.weights.granularity.columns:
-            return "in the weights' blocks"
-        case (None, None, "dynamic") if not spec.symmetric and not spec.format.signed:
-            return "per tensor"
-        case (None, None, "static" | "learned") if not spec.format.narrow:
-            return "per tensor, static"
-        case _:
-            raise ValueError(f"inputs {spec} ({spec.scale_rule}) have no kernel there")
-
-
-def _float32_scales(spec: QuantSpec) -> bool:
-    return spec.scale_format == FLOAT32 and not spec.global_scale and not spec.has_offset
-
-
-def _scales(spec: QuantSpec) -> str:
-    beside = " and a global one" if spec.global_scale else " and offsets" if spec.has_offset else ""
-    return f"{spec.scale_format.name} scales{beside}"
 
 
 def _matmul_nbits(accuracy_level: int) -> LinearNodes:
@@ -336,11 +268,6 @@ def _codes_per_token(g: Graph, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     one = g.initializer("input_one", np.array(1, np.float32))
     scale = g("Where", g("Equal", scale, zero), one, scale)
     return g("Round", g("Div", x, scale)), scale
-
-
-def fits_sixteen_bits(spec: QuantSpec) -> bool:
-    """Two products of such weights with uint8 inputs do, so no kernel of x86 saturates."""
-    return 2 * 255 * max(-spec.format.lo, spec.format.hi) < 2**15
 
 
 _blocks_in_the_kernel = _matmul_nbits(4)

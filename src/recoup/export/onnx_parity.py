@@ -28,7 +28,7 @@ from recoup.export import onnx_bytes, onnx_cache
 from recoup.export.answers import answers
 from recoup.export.onnx import ADDED, AGAIN, FILE, INPUT, LATTICE_OF, MODULES, RESULT, TIED
 from recoup.export.onnx_decoding import generation
-from recoup.export.onnx_nodes import container_bits
+from recoup.export.onnx_layouts import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Array, Parity, ParityError, added, equal, expected
 from recoup.export.tracing import positional

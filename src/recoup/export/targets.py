@@ -165,10 +165,10 @@ TARGETS: dict[str, Target] = {
     "onnx-qdq": Target(
         extra="onnx-qdq",
         packages=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
-        check=_of("onnx_qdq", "check_all"),
+        check=_of("onnx_types", "check_all"),
         kernel=_of("onnx_qdq", "kernel"),
-        width=_of("onnx_qdq", "width"),
-        output=_of("onnx_qdq", "check_output"),
+        width=_of("onnx_types", "width"),
+        output=_of("onnx_types", "check_output"),
         split=_one_device,
         serve=_one_reader,
         cache=_no_cache,
