@@ -155,13 +155,11 @@ class _Rewriting:
 
     def _of_codes(self, node: ir.Node, codes: ir.Value) -> ir.Value:
         """What a node that hands on values makes of codes."""
-        known = (other for other in codes.consumers() if other.op_type == node.op_type)
-        for other in known:  # for another reader
-            if other.inputs[1:] == node.inputs[1:] and other.attributes == node.attributes:
+        for other in codes.consumers():
+            if other.name == f"{node.name}_codes":  # made for another reader
                 return other.outputs[0]
-        copy = ir.Node(
-            "", node.op_type, [codes, *node.inputs[1:]], node.attributes.values(), name=f"{node.name}_codes"
-        )
+        inputs = [codes, *node.inputs[1:]]
+        copy = ir.Node("", node.op_type, inputs, node.attributes.values(), name=f"{node.name}_codes")
         made = copy.outputs[0]
         made.name = f"{node.outputs[0].name}_codes"
         made.dtype, made.shape = ir.DataType.UINT8, node.outputs[0].shape
