@@ -149,11 +149,12 @@ class _Linear(torch.autograd.Function):
         # A weight's codes outlive this graph, so hooks need not move them.
         ctx.of_weight = codes_of_weight, _version(codes_of_weight.values)
         ctx.kernels, ctx.spec, ctx.x, ctx.weight = kernels, spec, (x.shape, x.dtype), weight.dtype
+        ctx.transposed = not weight.is_contiguous()
         if codes_of_x is not None:
             room = place("x", codes_of_x.values.shape, x.dtype, x.device)
             x = kernels.restore(codes_of_x, room).view(x.shape)
         values = kernels.restore(codes_of_weight, place("weight", weight.shape, weight.dtype, x.device))
-        y = F.linear(x, values, bias)
+        y = F.linear(x, _laid(values, ctx.transposed), bias)
         return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be written to in place afterwards
 
     @staticmethod
@@ -175,12 +176,18 @@ class _Linear(torch.autograd.Function):
         of_weight: tuple[Tensor | None, ...] = (None,) * (1 + len(trained) - count)
         if for_x or any(trained[:count]):
             values = weight.values("weight", ctx.weight, grad.dtype)
-            of_x = x.gradients(grad @ values)
+            of_x = x.gradients(grad @ _laid(values, ctx.transposed))
         if for_weight or any(trained[count:]):
-            of_weight = weight.gradients(grad.T @ x.values("x", dtype, grad.dtype))
+            seen = x.values("x", dtype, grad.dtype)
+            of_weight = weight.gradients((seen.T @ grad).T.contiguous() if ctx.transposed else grad.T @ seen)
         bias = grad.sum(0) if for_bias else None
         grad_x = None if of_x[0] is None else of_x[0].view(shape)
         return grad_x, of_weight[0], bias, None, None, None, *of_x[1:], *of_weight[1:]
+
+
+def _laid(weight: Tensor, transposed: bool) -> Tensor:
+    """As the float weight lies in memory: a product's last bits hang on that on some processors."""
+    return weight.T.contiguous().T if transposed else weight
 
 
 def _version(tensor: Tensor) -> int:
