@@ -186,7 +186,7 @@ def _outputs(model: nn.Module, recipe: Recipe) -> dict[str, QuantSpec]:
     if spec is None or spec.ranges == "dynamic" or spec.granularity != per_tensor:
         raise ValueError(
             f"outputs: they are quantized as scheme {recipe.scheme.name!r} quantizes inputs, and that is not "
-            "static per tensor; use w8a8-static or fp8-static"
+            "static per tensor; use w8a8-static, w7a8-ort-static or fp8-static"
         )
     found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in recipe.outputs)]
     for name in found:

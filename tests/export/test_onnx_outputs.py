@@ -324,6 +324,15 @@ def test_targets_that_hold_none_refuse_before_any_work(target: str, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_onnxruntime_has_outputs_in_integers_alone() -> None:
+    model = plain()
+    plan = resolve(model, Recipe(scheme="fp8-static", outputs=("blocks.0",)))
+    with pytest.raises(
+        ValueError, match=r"outputs: blocks\.0: onnxruntime has outputs in integers .*, not in 8"
+    ):
+        preflight(model, plan, "onnx")
+
+
 def another_scale(file: onnx.ModelProto) -> None:
     tensor = next(
         tensor for tensor in file.graph.initializer if tensor.name == "blocks.1.shortcut.output_scale"

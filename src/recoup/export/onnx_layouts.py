@@ -36,9 +36,13 @@ def input_layout(scheme: Scheme) -> str:
     Raises:
         ValueError: for something that onnxruntime has no kernel for.
     """
-    spec = scheme.inputs
-    if spec is None:
+    if scheme.inputs is None:
         return "in float"
+    return tensor_layout(scheme.inputs, scheme.weights.granularity.columns)
+
+
+def tensor_layout(spec: QuantSpec, group: int | None = None) -> str:
+    """The same of any computed tensor; `group` is that of the weight it meets, None where it meets none."""
     if spec.format in _EIGHT_BIT_FLOATS and _float32_scales(spec):
         check_inputs(spec, CodedLinear)
         return "in 8-bit floats"
@@ -48,7 +52,7 @@ def input_layout(scheme: Scheme) -> str:
     match (spec.granularity.rows, spec.granularity.columns, spec.ranges):
         case (1, None, "dynamic") if symmetric:
             return "per token"
-        case (1, int(group), "dynamic") if symmetric and group == scheme.weights.granularity.columns:
+        case (1, int(columns), "dynamic") if symmetric and columns == group:
             return "in the weights' blocks"
         case (None, None, "dynamic") if not spec.symmetric and not spec.format.signed:
             return "per tensor"

@@ -28,7 +28,13 @@ from torch import nn
 
 from recoup.export import onnx_qdq, onnx_types
 from recoup.export.onnx_graph import MICROSOFT, Array, Graph
-from recoup.export.onnx_layouts import container_bits, fits_sixteen_bits, input_layout, weight_layout
+from recoup.export.onnx_layouts import (
+    container_bits,
+    fits_sixteen_bits,
+    input_layout,
+    tensor_layout,
+    weight_layout,
+)
 from recoup.nn import CodedConv, CodedEmbedding, CodedLinear, Codes, FakeQuantizer
 from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
@@ -68,7 +74,7 @@ def check_output(path: str, spec: QuantSpec) -> None:
         ValueError: it cannot; names the module.
     """
     try:
-        layout = input_layout(Scheme(name="outputs", weights=spec, inputs=spec))
+        layout = tensor_layout(spec)
     except ValueError as error:
         raise ValueError(f"outputs: {path}: {error}") from None
     if layout != "per tensor, static":

@@ -21,14 +21,12 @@ def notes_of(account: Explanation, costs: tuple[Cost, Cost] | None, slow: str | 
     for row in account.rows:
         if row.scheme == "float":
             kept[row.reason] += row.bytes_before
+    largest = sorted(kept.items(), key=lambda entry: -entry[1])
+    stay = [f"{reason} ({size / 1e6:.2f} MB)" for reason, size in largest]
     notes = [
         f"Parameters take {account.bytes_before / 1e6:.1f} MB in float and "
         f"{account.bytes_after / 1e6:.1f} MB in the formats of the plan, scales included.",
-        "In float stay: "
-        + ", ".join(
-            f"{reason} ({size / 1e6:.2f} MB)" for reason, size in sorted(kept.items(), key=lambda e: -e[1])
-        )
-        + ".",
+        f"In float stay: {', '.join(stay)}." if stay else "Nothing stays in float.",
     ]
     if costs is None:
         notes.append("Nothing was exported, because no rung kept the quality.")
