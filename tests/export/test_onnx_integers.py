@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import recoup
-from recoup.export import TARGETS, Parity, ParityError, verify
+from recoup.export import TARGETS, Parity, ParityError, preflight, verify
 from recoup.numerics import IntFormat
 from recoup.schemes import PRESETS, Recipe
 from recoup.transforms import fuse
@@ -281,6 +281,15 @@ def test_a_code_of_a_weight_that_moved_is_found(tmp_path: Path) -> None:
     onnx.save(file, tmp_path / "out" / "model.onnx")
     with pytest.raises(ParityError, match=r"second: the codes read back .* at \(3, 4\)"):
         TARGETS["onnx"].verify(recoup.convert(model), tmp_path / "out", images())
+
+
+@pytest.mark.parametrize("scheme", ["w7a8-ort", "w7a8-ort-static"])
+def test_fields_of_eight_bits_are_no_waste_where_seven_have_a_kernel_of_their_own(scheme: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 32), nn.Linear(32, 4))
+    if scheme == "w7a8-ort":  # convolutions are float sums there, of any width
+        model = model[2:]
+    computed = preflight(model, recoup.resolve(model, scheme), "onnx")  # a warning would be an error
+    assert all("fields of 8 bits" in kernel for kernel in computed.values())
 
 
 def test_no_sum_of_two_products_leaves_sixteen_bits(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recoup.convert import convert
 from recoup.export import record
-from recoup.export.fields import too_wide
+from recoup.export.fields import filled, too_wide
 from recoup.export.parity import Parity
 from recoup.export.targets import usable
 from recoup.nn import (
@@ -63,7 +63,7 @@ def preflight(
 
     Returns:
         What computes every quantized module there, or how it is stored, by name. Where codes lie in fields
-        wider than they need, that says so, and a warning says what it costs.
+        wider than they need, that says so, and a warning says what it costs, unless their kernel is for them.
 
     Raises:
         ValueError: no such target, or a model or a module whose scheme the engine, or the consumer, cannot
@@ -86,7 +86,13 @@ def preflight(
     if consumer is not None:
         there.serve(modules, consumer)
     widths = {path: (scheme, there.width(scheme, kind)) for path, (scheme, kind) in modules.items()}
-    for line in too_wide(model, widths):
+    # where the narrow codes have a kernel that wide ones have not, the fields are what that costs
+    idle = {
+        path: (scheme, width)
+        for path, (scheme, width) in widths.items()
+        if there.kernel(scheme, modules[path][1]) == there.kernel(filled(scheme, width), modules[path][1])
+    }
+    for line in too_wide(model, idle):
         warnings.warn(f"{target}: {line}", stacklevel=2)
     fields = {
         path: f", in fields of {width} bits" if width > scheme.weights.format.bits else ""

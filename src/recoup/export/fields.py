@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from recoup.numerics import IntFormat
 from recoup.schemes import Scheme
 from recoup.validate.report import size
 
@@ -37,3 +39,11 @@ def too_wide(model: nn.Module, widths: Mapping[str, tuple[Scheme, int]]) -> list
             f"{width} bits would take no more"
         )
     return lines
+
+
+def filled(scheme: Scheme, width: int) -> Scheme:
+    """The same with codes that fill their fields; of formats other than integers, the scheme itself."""
+    grid = scheme.weights.format
+    if not isinstance(grid, IntFormat):
+        return scheme
+    return replace(scheme, weights=replace(scheme.weights, format=replace(grid, bits=width)))

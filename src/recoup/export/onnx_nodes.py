@@ -103,7 +103,9 @@ def kernel(scheme: Scheme, kind: type) -> str:
         return "MatMulNBits"
     if layout == "floats":
         return f"MatMul of {made} made float"
-    return f"MatMul of {made} made float" if scheme.inputs is None else "MatMulInteger"
+    if scheme.inputs is None:
+        return f"MatMul of {made} made float"
+    return f"MatMulInteger of uint8 by {'int8' if fits_sixteen_bits(scheme.weights) else 'uint8'}"
 
 
 def width(scheme: Scheme, kind: type) -> int:
