@@ -1,5 +1,6 @@
 """From codes to codes: what is written as QLinearConv and QLinearAdd, what is not, and that it is proved."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -227,16 +228,45 @@ def a_range(file: onnx.ModelProto) -> None:
     node.input[4] = other.name
 
 
-@pytest.mark.parametrize("damage", [a_sum, a_range])
+def a_name(file: onnx.ModelProto) -> None:
+    """The file says of some codes that they are on the lattice of a module that it has not."""
+    entry = next(entry for entry in file.metadata_props if entry.key == "recoup.modules")
+    said = json.loads(entry.value)
+    said["blocks.0.wide"]["output on the lattice of"] = "blocks.9.filter"
+    entry.value = json.dumps(said)
+
+
+def a_scale(file: onnx.ModelProto) -> None:
+    """A scale has another name, so that of an output is missing."""
+    (tensor,) = (tensor for tensor in file.graph.initializer if tensor.name == "blocks.0.output_scale")
+    tensor.name = "other"
+    for node in file.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = "other" if name == "blocks.0.output_scale" else name
+
+
+SUM_IS_WRONG = r"blocks\.0\.output.*: onnxruntime's output is"
+DAMAGE: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
+    "adds something else": (a_sum, SUM_IS_WRONG),
+    "another scale in the sum": (a_range, SUM_IS_WRONG),
+    "a module that is not there": (
+        a_name,
+        r"blocks\.0\.wide: the file has codes on the lattice of b",
+    ),
+    "a scale that is not there": (a_scale, r"blocks\.0\.output.*: the file stores no scale of this output"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_a_sum_that_is_not_the_trained_one_is_found(
-    damage: Callable[[onnx.ModelProto], None], tmp_path: Path
+    damage: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = ready(MobileNet(), outputs=ALL)
     file, _ = written(model, tmp_path / "out")
     damage(file)
     onnx.save(file, tmp_path / "out" / "model.onnx")
-    with pytest.raises(ParityError, match=r"blocks\.0\.output.*: onnxruntime's output is"):
+    with pytest.raises(ParityError, match=message):
         TARGETS["onnx"].verify(recoup.convert(model), tmp_path / "out", images())
 
 

@@ -159,6 +159,8 @@ def _same_outputs(
         name = f"{path.removesuffix(f'.{OUTPUT}')}.output_scale"
         if name not in tensors and mapped[path][INPUT] == mapped[path][RESULT]:
             continue
+        if name not in tensors:
+            raise ParityError(f"{path}: the file stores no scale of this output")
         scale = onnx_bytes.read_scales(tensors[name])
         equal(path, "scale", scale.reshape(1, 1), quantizer.stored_qparams.scale.detach())
 
@@ -176,8 +178,10 @@ def _both(
         owner = values.get(f"{end}{LATTICE_OF}")
         if owner is None:
             return None
-        module: Any = outputs[owner] if owner in outputs else modules[owner]
-        return module if isinstance(module, FakeQuantizer) else module.input_quantizer
+        found = outputs[owner] if owner in outputs else getattr(modules.get(owner), "input_quantizer", None)
+        if not isinstance(found, FakeQuantizer):
+            raise ParityError(f"{path}: the file has codes on the lattice of {owner}, and that has none")
+        return found
 
     def value(end: str) -> Tensor:
         codes_of, found = lattice(end), results[values[end]]

@@ -18,13 +18,16 @@ from recoup.export import onnx as writer
 from recoup.export.export import converted_copy
 from recoup.export.onnx_placement import Wires, shared
 from recoup.export.onnx_qdq import write
-from recoup.nn import FakeQuantizer, is_prepared, moved, output_quantizers
+from recoup.nn import FakeQuantizer, QuantConv1d, QuantConv2d, is_prepared, moved, output_quantizers
 
 
 def share_scales_of_integers(model: nn.Module) -> nn.Module:
     """The same as `share_input_scales` for onnxruntime, which it helps where convolutions are integers."""
-    bias = any(is_prepared(module) and module.scheme.integer_bias for module in model.modules())
-    return share_input_scales(model) if bias or output_quantizers(model) else model
+    integers = any(
+        isinstance(module, QuantConv1d | QuantConv2d) and module.scheme.integer_bias
+        for module in model.modules()
+    )
+    return share_input_scales(model) if integers or output_quantizers(model) else model
 
 
 @torch.no_grad()
@@ -52,7 +55,7 @@ def share_input_scales(model: nn.Module) -> nn.Module:
         return model
     example: Any = getattr(model, "recoup_example", None)
     if example is None:
-        raise ValueError("onnx-qdq: sharing scales traces the model with a batch; run recoup.calibrate first")
+        raise ValueError("sharing scales traces the model with a batch; run recoup.calibrate first")
     with tempfile.TemporaryDirectory() as temporary:
         write(converted_copy(model), Path(temporary), moved(example, torch.device("cpu")))
         wires = Wires(onnx.load(Path(temporary) / writer.FILE))
