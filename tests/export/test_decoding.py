@@ -368,12 +368,14 @@ def test_a_file_does_not_tell_where_it_was_traced(files: Callable[[str], Made]) 
         assert str(Path(path).parent).encode() not in content
 
 
-PADDED = {"on the left": (slice(0, 3), slice(0, 5)), "on the right": (slice(5, 8), slice(3, 8))}
+LEFT, RIGHT = (slice(0, 3), slice(0, 5)), (slice(5, 8), slice(3, 8))
 
 
-@pytest.mark.parametrize("name", ["gemma3 w4a16", "gpt2 w4a16", "llama w8a8-ort"])
-@pytest.mark.parametrize("places", PADDED.values(), ids=PADDED)
-@pytest.mark.parametrize("cached", [True, False], ids=["decodes", "whole"])
+@pytest.mark.parametrize(
+    ("name", "places", "cached"),
+    [("gpt2 w4a16", LEFT, True), ("gemma3 w4a16", RIGHT, True), ("llama w8a8-ort", LEFT, False)],
+    ids=["on the left", "on the right", "of whole sequences"],
+)
 def test_padding_in_the_first_batch_is_nobodys_answer(
     name: str, places: tuple[slice, ...], cached: bool, tmp_path: Path
 ) -> None:

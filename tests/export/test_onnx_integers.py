@@ -245,6 +245,15 @@ def a_scale(file: onnx.ModelProto) -> None:
             node.input[index] = "other" if name == "blocks.0.output_scale" else name
 
 
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """Converted, and the folder that it was written to."""
+    torch.manual_seed(0)
+    model, folder = ready(MobileNet(), outputs=ALL), tmp_path_factory.mktemp("mobilenet") / "out"
+    written(model, folder)
+    return recoup.convert(model), folder
+
+
 SUM_IS_WRONG = r"blocks\.0\.output.*: onnxruntime's output is"
 DAMAGE: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "adds something else": (a_sum, SUM_IS_WRONG),
@@ -259,15 +268,17 @@ DAMAGE: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_a_sum_that_is_not_the_trained_one_is_found(
-    damage: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path
+    damage: Callable[[onnx.ModelProto], None],
+    message: str,
+    mobilenet: tuple[nn.Module, Path],
+    tmp_path: Path,
 ) -> None:
-    torch.manual_seed(0)
-    model = ready(MobileNet(), outputs=ALL)
-    file, _ = written(model, tmp_path / "out")
+    model, folder = mobilenet
+    file = onnx.load(folder / "model.onnx")
     damage(file)
-    onnx.save(file, tmp_path / "out" / "model.onnx")
+    onnx.save(file, tmp_path / "model.onnx")
     with pytest.raises(ParityError, match=message):
-        TARGETS["onnx"].verify(recoup.convert(model), tmp_path / "out", images())
+        TARGETS["onnx"].verify(model, tmp_path, images())
 
 
 def test_two_readers_of_two_lattices_keep_the_output_in_float(tmp_path: Path) -> None:
