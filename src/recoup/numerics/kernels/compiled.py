@@ -94,7 +94,7 @@ def clip_(grad: Tensor, kept: Kept) -> Tensor:
 def _encode(spec: QuantSpec, carrier: Carrier, x: Tensor, out: Tensor, *scales: Tensor | None) -> Found:
     """What saturates, if bytes alone do not tell, and numbers that are finite only if x is."""
     work = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    return eager.encode(x, _qparams(scales), spec, carrier, out, work), x.abs().amax(dim=1)
+    return eager.encode(x, _qparams(scales), spec, carrier, out, work), x.abs().amax()
 
 
 def _choose_and_encode(spec: QuantSpec, carrier: Carrier, x: Tensor, out: Tensor) -> Found:
