@@ -165,6 +165,9 @@ class TrainSettings(_Section):
             by KL divergence, else hidden states or embeddings); or one of the distillation losses; or a
             mixture {task: 0.3, logits-kl: 0.7}.
         temperature: of logits-kl.
+        teacher_logits: the float model is asked once for every batch, and its so many most likely classes at
+            every place are kept on disk, instead of the model in memory; null for the model. For logits-kl,
+            alone or beside the task's loss.
         evaluate_every: steps between looks at the held-out batches; the best step is kept.
         held_out: share of the training batches that is never trained on, for those looks.
         early_stop: training ends after so many looks in a row without a lower held-out loss; null for never.
@@ -184,6 +187,7 @@ class TrainSettings(_Section):
     precision: Literal["float32", "bf16"] = "float32"
     loss: Annotated[str | dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_known_losses)] = "distill"
     temperature: float = Field(default=1.0, gt=0)
+    teacher_logits: int | None = Field(default=None, ge=1)
     evaluate_every: int = Field(default=50, ge=1)
     held_out: float = Field(default=0.05, gt=0, lt=1)
     early_stop: int | None = Field(default=None, ge=1)
@@ -196,6 +200,18 @@ class TrainSettings(_Section):
             raise ValueError(
                 f"{self.steps} steps leave none after {self.warmup} of warm-up and a start at "
                 f"{self.start_step}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _logits_are_enough(self) -> "TrainSettings":
+        names = {self.loss} if isinstance(self.loss, str) else set(self.loss)
+        if self.teacher_logits is not None and (
+            names == {"task"} or names - {"task", "logits-kl", "distill"}
+        ):
+            raise ValueError(
+                f"teacher_logits: kept for logits-kl, and the loss is {', '.join(sorted(names))}; take "
+                "logits-kl, or a mixture of it and task"
             )
         return self
 

@@ -3,9 +3,9 @@
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError
 from recoup.train.losses import LOSSES
-from recoup.train.objective import float_copy
 from recoup.train.param_groups import check_scales_are_trained, param_groups
 from recoup.train.snapshot import check_state
+from recoup.train.teacher import float_copy
 from recoup.train.train import train, warmup_cosine
 from recoup.train.trainable import check_trainable, check_training
 

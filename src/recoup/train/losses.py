@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recoup.nn import Batch
+from recoup.train.top_logits import TopLogits
 
 Loss = Callable[[Any, Any, Batch], Tensor]
 
@@ -58,7 +59,7 @@ def names_of(loss: str | dict[str, float]) -> set[str]:
 
 
 def _distill(output: Any) -> str:
-    if _find(output, ("logits",)) is not None:
+    if isinstance(output, TopLogits) or _find(output, ("logits",)) is not None:
         return "logits-kl"
     if _find(output, _HIDDEN) is not None:
         return "hidden-mse"
@@ -82,8 +83,10 @@ def _logits_kl(temperature: float) -> Loss:
     """T^2 KL(teacher || student), per token (Hinton et al. 2015, section 2)."""
 
     def loss(student: Any, teacher: Any, batch: Batch) -> Tensor:
-        log_p = F.log_softmax(_get(student, ("logits",)).float() / temperature, dim=-1)
-        log_q = F.log_softmax(_get(teacher, ("logits",)).float() / temperature, dim=-1)
+        log_p = F.log_softmax(logits_of(student).float() / temperature, dim=-1)
+        if isinstance(teacher, TopLogits):
+            return temperature**2 * _mean(teacher.divergence(log_p), batch)
+        log_q = F.log_softmax(logits_of(teacher).float() / temperature, dim=-1)
         divergence = (log_q.exp() * (log_q - log_p)).sum(dim=-1)
         return temperature**2 * _mean(divergence, batch)
 
@@ -114,6 +117,15 @@ LOSSES: dict[str, Callable[[float], Loss]] = {
     "embedding-mse": _mse(_EMBEDDING),
     "embedding-cosine": _cosine(_EMBEDDING),
 }
+
+
+def logits_of(output: Any) -> Tensor:
+    """What a model returned, if that is a tensor, or its logits.
+
+    Raises:
+        ValueError: there are none.
+    """
+    return _get(output, ("logits",))
 
 
 def _mean(values: Tensor, batch: Batch) -> Tensor:

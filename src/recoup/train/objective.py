@@ -1,6 +1,5 @@
 """The objective of a batch: what the student returns, what the teacher returns, and their distance."""
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, FakeQuantizer, NonFiniteError, call, moved
+from recoup.nn import Batch, NonFiniteError, call, moved
 from recoup.schemes.recipe import TrainSettings
-from recoup.train.losses import build_loss, needs_teacher
+from recoup.train.losses import build_loss
+from recoup.train.teacher import Teacher
 
 
 class Objective:
@@ -18,19 +18,17 @@ class Objective:
 
     Args:
         settings: loss, temperature and precision.
-        teacher: the float model; used only if the loss needs it.
+        teacher: is asked what it says to a batch; None if the loss needs none.
         device: where student and teacher run.
         first: one batch, to see what the teacher returns.
     """
 
     def __init__(
-        self, settings: TrainSettings, teacher: nn.Module, device: torch.device, first: Batch
+        self, settings: TrainSettings, teacher: Teacher | None, device: torch.device, first: Batch
     ) -> None:
         self.device = device
         self.bf16 = settings.precision == "bf16"
-        self.teacher = None
-        if needs_teacher(settings.loss):
-            self.teacher = teacher.to(device).eval()
+        self.teacher = teacher
         self.loss = build_loss(settings.loss, settings.temperature, self._taught(moved(first, device)))
 
     def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
@@ -54,13 +52,4 @@ class Objective:
 
     @torch.no_grad()
     def _taught(self, batch: Batch) -> Any:
-        return None if self.teacher is None else call(self.teacher, batch)
-
-
-def float_copy(model: nn.Module) -> nn.Module:
-    """A prepared model's float self, as a model of its own: the teacher."""
-    teacher = copy.deepcopy(model)
-    for module in teacher.modules():
-        if isinstance(module, FakeQuantizer):
-            module.enabled = False
-    return teacher
+        return None if self.teacher is None else self.teacher(batch)

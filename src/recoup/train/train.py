@@ -27,11 +27,12 @@ from recoup.train.checkpoints import Checkpoints
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError, first_nonfinite_gradient, first_nonfinite_module
 from recoup.train.interrupt import interrupt_waits
-from recoup.train.losses import names_of
-from recoup.train.objective import Objective, float_copy
+from recoup.train.losses import names_of, needs_teacher
+from recoup.train.objective import Objective
 from recoup.train.param_groups import param_groups
 from recoup.train.rng import rng_state, set_rng_state
 from recoup.train.snapshot import check_state, load_state_of, state_of
+from recoup.train.teacher import Teacher, float_copy, in_memory, on_disk
 from recoup.train.trainable import check_trainable
 
 Record = Callable[[Mapping[str, float]], None]
@@ -57,13 +58,15 @@ def train(
         model: prepared and calibrated, in float32.
         batches: visited in order, again and again.
         settings: steps, rates and the loss; see `TrainSettings`.
-        teacher: the float model; by default a copy of `model` as it is now, with quantization off.
+        teacher: the float model; by default `model` as it is now, with quantization off: a copy of it, but
+            with `teacher_logits` the model itself.
         held_out: batches that are never trained on; without them the last step stays.
         record: called with {"step", "loss", "learning_rate", "held_out" where measured, "stopped_early" at
             a last step that is not `settings.steps`} as training goes; entries from before an interruption
             are told again.
         checkpoints: a folder. Every `settings.checkpoint_every` steps, after the last one and at Ctrl-C, all
-            that training knows is saved there; the same call goes on from it, to the same bits.
+            that training knows is saved there; the same call goes on from it, to the same bits. With
+            `teacher_logits` the teacher's answers are kept there, too.
 
     Raises:
         ValueError: the model is not prepared, has parameters that are not float32 or state that is no
@@ -78,16 +81,29 @@ def train(
     check_trainable(model)
     check_state(model)
     _check_batches(batches, settings, held_out)
+    if settings.teacher_logits is not None and checkpoints is None:
+        raise ValueError(
+            "teacher_logits: a teacher's answers lie beside the checkpoints; pass checkpoints=folder"
+        )
     # Unless told that it runs on the CPU, accelerate takes the processes of torchrun for so many single ones.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=settings.accumulate
     )
     identity = {} if checkpoints is None else _identity(model, batches, settings, teacher, held_out)
-    teacher = float_copy(model) if teacher is None else teacher
     home = device_of(model)
-    modes = {module: module.training for root in (model, teacher) for module in root.modules()}
+    modes = {
+        module: module.training for root in (model, teacher) if root is not None for module in root.modules()
+    }
     try:
-        objective = Objective(settings, teacher, accelerator.device, batches[0])
+        if settings.teacher_logits is None or checkpoints is None:
+            asked = _in_memory(model, teacher, settings, accelerator.device)
+        else:
+            folder = Path(checkpoints, "teacher")
+            with nullcontext() if teacher else quantization_off(model):
+                asked = on_disk(
+                    teacher or model, (batches, held_out), settings, folder, identity, accelerator
+                )
+        objective = Objective(settings, asked, accelerator.device, batches[0])
         training = _Training(model, batches, settings, objective, held_out, accelerator)
         model.train("task" in names_of(settings.loss))
         with activations_recomputed(model) if settings.activation_checkpointing else nullcontext():
@@ -271,6 +287,14 @@ class _Training:
         here = facts["best"]["step"] == self.step
         self.best.resume(facts["best"], parts["weights"] if here else parts.get("best", {}))
         set_rng_state(facts["rng"][self.accelerator.process_index], self.accelerator.device)
+
+
+def _in_memory(
+    model: nn.Module, teacher: nn.Module | None, settings: TrainSettings, device: torch.device
+) -> Teacher | None:
+    if not needs_teacher(settings.loss):
+        return None
+    return in_memory(float_copy(model) if teacher is None else teacher, device)
 
 
 def _identity(
