@@ -135,3 +135,11 @@ def test_a_device_multiplies_by_joined_parts(
     plan = resolve(model, "w4a16")
     found = parts(model, {path: (plan[path], CodedLinear) for path in plan.modules}, devices)
     assert {name.rpartition(".")[2]: part for name, part in found.items()}.items() >= expected.items()
+
+
+def test_blocks_of_joined_matrices_are_whole_on_one_device_too() -> None:
+    model = phi(hidden_size=256, num_key_value_heads=1)
+    plan = resolve(model, "fp8-block")
+    with pytest.raises(ValueError, match=r"qkv_proj: a matrix in it has 64 rows, .*; take fp8, which"):
+        preflight(model, plan, "compressed-tensors", consumer="vllm")
+    assert preflight(model, plan, "compressed-tensors", consumer="transformers")

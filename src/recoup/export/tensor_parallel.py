@@ -128,3 +128,19 @@ def parts(
         joined = sum(found[name][0] for name in names if name in found)
         found |= {name: (joined, found[name][1]) for name in names if name in found}
     return found
+
+
+def check_joined_blocks(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]]) -> None:
+    """Are the blocks of matrices that are one in the file whole, on one device? The last one's may be cut.
+
+    Raises:
+        ValueError: vLLM refuses them (`fp8_utils.py`, `validate_fp8_block_shape`); names the matrix.
+    """
+    for path, (scheme, _) in modules.items():
+        rows = scheme.weights.granularity.rows
+        for whole, _ in _matrices(model, path, 1)[:-1]:
+            if rows is not None and whole % rows:
+                raise ValueError(
+                    f"{path}: a matrix in it has {whole} rows, no whole blocks of {rows}, and vLLM reads "
+                    "each by itself; take fp8, which has a scale per channel"
+                )
