@@ -108,8 +108,10 @@ def test_a_target_with_one_reader_takes_no_consumer(target: str) -> None:
         preflight(model, resolve(model, "w4a16"), target, consumer="vllm")
 
 
-def test_a_recipe_names_its_consumer() -> None:
-    recipe = Recipe.model_validate({"scheme": "w4a16", "export": {"consumer": "vllm>=0.27"}})
+def test_a_recipe_names_its_consumer_and_its_gpu() -> None:
+    settings = {"consumer": "vllm>=0.27", "gpu": "hopper"}
+    recipe = Recipe.model_validate({"scheme": "w4a16", "export": settings})
     assert recipe.export.consumer == "vllm>=0.27"
+    assert recipe.export.gpu == "hopper"
     with pytest.raises(ValidationError):
         Recipe.model_validate({"scheme": "w4a16", "export": {"consumer": 3}})

@@ -95,7 +95,7 @@ SHAPES: dict[str, tuple[str, str, str, int, int, str]] = {
     "a group of another size": ("w4a16-g256", "vllm==0.22", "ampere", 512, 512, "refused: proj: vllm 0.22"),
     "CUTLASS' tile": ("w4afp8-g128", "vllm", "hopper", 128, 128, "CUTLASS W4A8 on hopper"),
     "not CUTLASS' tile": ("w4afp8-g128", "vllm", "hopper", 192, 128, "refused: proj: vllm 0.33 multiplies"),
-    "blocks that no row is for": ("fp8-block", "vllm==0.29", "ada", 512, 512, "unknown on ada (vllm 0.29)"),
+    "blocks that no row is for": ("fp8-block", "vllm==0.27", "ada", 512, 512, "unknown on ada (vllm 0.27)"),
 }  # fmt: skip
 
 
@@ -113,6 +113,9 @@ def test_a_part_without_a_kernel_is_refused_without_a_gpu() -> None:
     ):
         check_consumer(one(96, 128), modules, "vllm>=0.20")
     assert check_consumer(one(96, 128), modules, "vllm>=0.23") == {}
+    modules = {"proj": (preset("w4afp8-g128"), CodedLinear)}
+    with pytest.raises(ValueError, match=r"in parts of whole tiles of 128 x 128 only .*; take fewer devices"):
+        check_consumer(one(192, 128), modules, "vllm")
 
 
 SENTENCES: dict[str, tuple[str, str | None, str, str]] = {

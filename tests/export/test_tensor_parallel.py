@@ -143,3 +143,26 @@ def test_blocks_of_joined_matrices_are_whole_on_one_device_too() -> None:
     with pytest.raises(ValueError, match=r"qkv_proj: a matrix in it has 64 rows, .*; take fp8, which"):
         preflight(model, plan, "compressed-tensors", consumer="vllm")
     assert preflight(model, plan, "compressed-tensors", consumer="transformers")
+
+
+def test_a_part_that_no_kernel_takes_is_refused_for_the_releases_that_do_not_pad() -> None:
+    model = llama()
+    plan = resolve(model, "w4a16")
+    message = DOWN + r"vllm 0\.20 has no kernel in bfloat16 .* \(512 x 192 on every GPU\)"
+    with pytest.raises(ValueError, match=message):
+        preflight(model, plan, "compressed-tensors", tensor_parallel=4, consumer="vllm>=0.20")
+    for consumer, devices in (("vllm>=0.24", 4), ("vllm>=0.20", 2)):
+        assert preflight(model, plan, "compressed-tensors", tensor_parallel=devices, consumer=consumer)
+
+
+def test_the_kernel_is_that_of_the_part() -> None:
+    model = llama(intermediate_size=1024)
+    plan = resolve(model, "w4a16-g64")
+    computed = {
+        devices: preflight(
+            model, plan, "compressed-tensors", tensor_parallel=devices, consumer="vllm", gpu="hopper"
+        )["model.layers.0.self_attn.q_proj"]
+        for devices in (1, 8)
+    }
+    assert "Machete" in computed[1]
+    assert "Humming" in computed[8]  # 192 rows

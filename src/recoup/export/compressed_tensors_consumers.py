@@ -256,22 +256,23 @@ def _computed(
 ) -> dict[str, str]:
     """The kernels of vLLM; without a GPU, only whether there is one that has any."""
     oldest, newest = releases
-    borders = {border for row in KERNELS for border in row.versions if oldest < border <= newest}
+    borders = {border for row in KERNELS for border in row.versions if oldest < border < newest}
     computed: dict[str, str] = {}
     for path, part in parts(model, modules, devices).items():
         scheme = modules[path][0]
         layout = schema.layout(scheme)
-        for release in sorted({oldest, *borders}):
+        for release in sorted({oldest, *borders, newest}):
             rows = [kernel_for(layout, part, one, release) for one in ([gpu] if gpu else GPUS)]
-            first, wrong = rows[0], [row is not None and row.wrong(layout) != "" for row in rows]
-            if gpu is None:
-                wrong = [row is not None and not row.name for row in rows]
-            if first is not None and all(wrong):
-                where = f"{part[0]} x {part[1]} on {gpu or 'every GPU'}"
-                what = f"{path}: vllm {_written(release)} {first.wrong(layout)} ({where})"
-                raise _refusal(what, scheme, first.source, first.instead or _instead(gpu))
+            wrong = [row for row in rows if row and (row.wrong(layout) if gpu else not row.name)]
+            if len(wrong) == len(rows):
+                row = next((row for row in wrong if row.instead), wrong[0])
+                what = f"{path}: vllm {_written(release)} {row.wrong(layout)}"
+                where = f"({part[0]} x {part[1]} on {gpu or 'every GPU'})"
+                raise _refusal(f"{what} {where}", scheme, row.source, row.instead or _instead(gpu))
             if gpu is not None:
-                computed[path] = f"{first.name if first else 'unknown'} on {gpu} (vllm {_written(release)})"
+                computed[path] = (
+                    f"{rows[0].name if rows[0] else 'unknown'} on {gpu} (vllm {_written(release)})"
+                )
     return computed
 
 

@@ -2,8 +2,8 @@
 
 The kernels and their GPUs are what vLLM's own parser and its choice of kernels answered, release by release,
 on pretended GPUs that have every kernel installed (`tests/export/vllm_parser.py`). A kernel that is chosen
-may still leave inputs in float: what it does with them is from its source, which is named. No kernel ran. What
-no row is for is not known.
+may still leave inputs in float: what it does with them is from its source, which is named. No kernel ran.
+What no row is for is not known.
 """
 
 from collections.abc import Callable
@@ -302,7 +302,7 @@ KERNELS: tuple[Kernel, ...] = (
         gpus=("ada",),
         takes=_blocks,
         wrong=_float,
-        versions=((0, 33), ALWAYS[1]),
+        versions=((0, 29), ALWAYS[1]),
         source=f"{_LINEAR}__init__.py, _POSSIBLE_FP8_BLOCK_KERNELS",
     ),
     Kernel(
