@@ -65,7 +65,12 @@ def explain(recipe: RecipeFile, *, trust_remote_code: Trust = False) -> int:
     model = tasks.load_model(parsed, trust_remote_code=trust_remote_code)
     plan = resolve(model, parsed)
     kernels = preflight(
-        model, plan, settings.target, tensor_parallel=settings.tensor_parallel, consumer=settings.consumer
+        model,
+        plan,
+        settings.target,
+        tensor_parallel=settings.tensor_parallel,
+        consumer=settings.consumer,
+        gpu=settings.gpu,
     )
     print(account(model, plan, kernels))
     return 0

@@ -118,6 +118,12 @@ WRONG: dict[str, tuple[Fields, str]] = {
         {"export": {"tensor_parallel": 4}}, "export.tensor_parallel: 4 devices asked, this target runs"),
     "another reader": (
         {"export": {"consumer": "vllm"}}, "export.consumer: vllm asked, this target has one reader; leave"),
+    "a GPU of nobody": (
+        {"export": {"gpu": "hopper"}}, "export.gpu: hopper asked without a reader; name one"),
+    "a GPU that leaves inputs in float": (
+        {"task": LLAMA, "scheme": "fp8", "export": {
+            "target": "compressed-tensors", "consumer": "vllm", "gpu": "ampere"}},
+        "vllm 0.33 leaves in float the inputs that training quantized"),
     "a cache in a model that has none": (
         {"kv": "fp8"}, "kv: a Sequential is no transformers model that generates text, so it has no"),
     "keys and values of 4 bits": ({"kv": "fp4"}, "kv: no spec of keys and values 'fp4'; there are fp8"),

@@ -3,6 +3,8 @@
 The sets are those that vLLM's parser answered (`python -m tests.export.vllm_parser VENV VERSION`).
 """
 
+from types import SimpleNamespace
+
 import pytest
 from pydantic import ValidationError
 from torch import nn
@@ -16,26 +18,30 @@ from recoup.nn import CodedLinear
 from .llamas import SCHEMES, llama
 
 ODD = {f"w{bits}a16" for bits in (2, 3, 5, 6, 7)}
-INT8 = {"w2a8", "w3a8", "w3a8-channels", "w4a8"}
+INT8_IN_GROUPS = {"w2a8", "w3a8", "w4a8"}
+INT8 = INT8_IN_GROUPS | {"w3a8-channels"}
 REFUSED: dict[str, set[str]] = {
     "vllm==0.15": ODD | INT8 | {"w4afp8", "mxfp8", "mxfp8a16", "mxfp4"},
     "vllm==0.20": ODD | INT8 | {"w4afp8", "mxfp8a16", "mxfp4"},
     "vllm==0.22": ODD | INT8 | {"w4afp8", "mxfp8a16", "mxfp4a16"},
     "vllm==0.25": INT8 | {"w4afp8", "mxfp8a16", "mxfp4a16"},
     "vllm==0.27.1": {"w4a8", "w4afp8", "mxfp8a16", "mxfp4a16"},
-    "vllm>=0.27": {"w4a8", "w4afp8", "mxfp8a16", "mxfp4a16"},
-    "vllm>=0.32": {"w4afp8", "mxfp8a16", "mxfp4a16"},
-    "vllm": {"w4afp8", "mxfp8a16", "mxfp4a16"},
+    "vllm>=0.27": INT8_IN_GROUPS | {"w4afp8", "mxfp8a16", "mxfp4a16"},
+    "vllm>=0.32": INT8_IN_GROUPS | {"w4afp8", "mxfp8a16", "mxfp4a16"},
+    "vllm": INT8_IN_GROUPS | {"w4afp8", "mxfp8a16", "mxfp4a16"},
     "sglang": ODD | INT8 | {"w4afp8", "w4afp8-g128", "mxfp8", "mxfp8a16", "mxfp4", "mxfp4a16"},
     "transformers": set(),
     "compressed-tensors": set(),
     "compressed-tensors>=0.17": ODD - {"w2a16"} | {"w3a8", "w3a8-channels"},
 }
 
+ONE = nn.ModuleDict({"proj": nn.Linear(512, 512, device="meta")})
+ONE.config = SimpleNamespace()  # pyright: ignore[reportArgumentType]
+
 
 def refused(scheme: Scheme, consumer: str) -> str | None:
     try:
-        check_consumer({"proj": (scheme, CodedLinear)}, consumer)
+        check_consumer(ONE, {"proj": (scheme, CodedLinear)}, consumer)
     except ValueError as error:
         return str(error)
     return None
@@ -61,6 +67,9 @@ SENTENCES: dict[str, tuple[str, str, str]] = {
         r"\(scheme 'w3a16', .*wNa16\.py.*\); take vllm>=0\.25, or 4 or 8 bits$"),
     "the newest release": ("mxfp4a16", "vllm", r"vllm 0\.33 quantizes the inputs .* Blackwell"),
     "float inputs": ("w4a8", "vllm>=0.27", r"vllm 0\.27 takes Marlin .* leaves their inputs in float"),
+    "float inputs of groups": (
+        "w3a8", "vllm>=0.27",
+        r"vllm 0\.31 leaves the inputs of packed weights in groups in float .*; take w8a8, or the same"),
     "another reader": ("w4a16", "vlm", "^export.consumer: no reader 'vlm'; did you mean 'vllm'?"),
     "no reader": ("w4a16", "triton", "no reader 'triton'; known are vllm, sglang, transformers, compressed"),
     "too old": ("w4a16", "vllm>=0.9", r"known of vllm are 0\.15 to 0\.33; name one of these"),
@@ -99,8 +108,10 @@ def test_a_target_with_one_reader_takes_no_consumer(target: str) -> None:
         preflight(model, resolve(model, "w4a16"), target, consumer="vllm")
 
 
-def test_a_recipe_names_its_consumer() -> None:
-    recipe = Recipe.model_validate({"scheme": "w4a16", "export": {"consumer": "vllm>=0.27"}})
+def test_a_recipe_names_its_consumer_and_its_gpu() -> None:
+    settings = {"consumer": "vllm>=0.27", "gpu": "hopper"}
+    recipe = Recipe.model_validate({"scheme": "w4a16", "export": settings})
     assert recipe.export.consumer == "vllm>=0.27"
+    assert recipe.export.gpu == "hopper"
     with pytest.raises(ValidationError):
         Recipe.model_validate({"scheme": "w4a16", "export": {"consumer": 3}})

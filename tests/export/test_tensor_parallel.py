@@ -16,6 +16,8 @@ from transformers import (
 
 from recoup import Recipe, Scheme, resolve
 from recoup.export import preflight
+from recoup.export.tensor_parallel import parts
+from recoup.nn import CodedLinear
 from recoup.numerics import IntFormat, per_channel
 from recoup.schemes import PRESETS
 
@@ -60,8 +62,11 @@ REFUSED: dict[str, tuple[nn.Module, Scheme | str, int, str]] = {
     "heads of keys": (
         llama(num_attention_heads=12, num_key_value_heads=3, hidden_size=768), "w4a16", 4,
         "3 heads of keys and values cannot be dealt to 4 devices"),
-    "joined matrices": (
-        phi(hidden_size=256), "fp8-block", 2, "qkv_proj: blocks of 128 rows in a matrix of several"),
+    "blocks of joined heads": (
+        phi(hidden_size=256, num_key_value_heads=1), "fp8-block", 2,
+        "qkv_proj: 64 rows cannot be split into whole blocks of 128 on 2 devices; split it over 1, or"),
+    "joined columns": (
+        phi(intermediate_size=513), CHANNELS[8], 2, "gate_up_proj: 513 rows cannot be split into whole"),
 }  # fmt: skip
 
 
@@ -93,6 +98,8 @@ RUNS: dict[str, tuple[nn.Module, Scheme | str, int]] = {
     "tensors": (llama(), "fp8-static", 8),
     "blocks": (llama(hidden_size=1024, intermediate_size=1024), "fp8-block", 4),
     "joined matrices": (phi(), "w4a16", 2),
+    "joined blocks": (phi(hidden_size=256), "fp8-block", 2),
+    "joined heads that are repeated": (phi(num_key_value_heads=1), "w4a16", 4),
 }
 
 
@@ -111,3 +118,51 @@ def test_other_targets_run_on_one_device(target: str) -> None:
         ValueError, match=r"^export\.tensor_parallel: 2 devices asked, this target runs on one"
     ):
         preflight(model, plan, target, tensor_parallel=2)
+
+
+PARTS: dict[str, tuple[nn.Module, int, dict[str, tuple[int, int]]]] = {
+    "one device": (llama(), 1, {"q_proj": (768, 512), "gate_proj": (1536, 512), "down_proj": (512, 768)}),
+    "heads": (llama(), 2, {"k_proj": (384, 512), "o_proj": (512, 256), "up_proj": (768, 512)}),
+    "heads that are repeated": (llama(), 4, {"v_proj": (128 + 2 * 64, 512), "down_proj": (512, 192)}),
+    "joined": (phi(num_key_value_heads=2), 4, {"qkv_proj": (32 + 2 * 32, 128), "gate_up_proj": (128, 128)}),
+}
+
+
+@pytest.mark.parametrize(("model", "devices", "expected"), PARTS.values(), ids=PARTS)
+def test_a_device_multiplies_by_joined_parts(
+    model: nn.Module, devices: int, expected: dict[str, tuple[int, int]]
+) -> None:
+    plan = resolve(model, "w4a16")
+    found = parts(model, {path: (plan[path], CodedLinear) for path in plan.modules}, devices)
+    assert {name.rpartition(".")[2]: part for name, part in found.items()}.items() >= expected.items()
+
+
+def test_blocks_of_joined_matrices_are_whole_on_one_device_too() -> None:
+    model = phi(hidden_size=256, num_key_value_heads=1)
+    plan = resolve(model, "fp8-block")
+    with pytest.raises(ValueError, match=r"qkv_proj: a matrix in it has 64 rows, .*; take fp8, which"):
+        preflight(model, plan, "compressed-tensors", consumer="vllm")
+    assert preflight(model, plan, "compressed-tensors", consumer="transformers")
+
+
+def test_a_part_that_no_kernel_takes_is_refused_for_the_releases_that_do_not_pad() -> None:
+    model = llama()
+    plan = resolve(model, "w4a16")
+    message = DOWN + r"vllm 0\.20 has no kernel in bfloat16 .* \(512 x 192 on every GPU\)"
+    with pytest.raises(ValueError, match=message):
+        preflight(model, plan, "compressed-tensors", tensor_parallel=4, consumer="vllm>=0.20")
+    for consumer, devices in (("vllm>=0.24", 4), ("vllm>=0.20", 2)):
+        assert preflight(model, plan, "compressed-tensors", tensor_parallel=devices, consumer=consumer)
+
+
+def test_the_kernel_is_that_of_the_part() -> None:
+    model = llama(intermediate_size=1024)
+    plan = resolve(model, "w4a16-g64")
+    computed = {
+        devices: preflight(
+            model, plan, "compressed-tensors", tensor_parallel=devices, consumer="vllm", gpu="hopper"
+        )["model.layers.0.self_attn.q_proj"]
+        for devices in (1, 8)
+    }
+    assert "Machete" in computed[1]
+    assert "Humming" in computed[8]  # 192 rows

@@ -8,7 +8,7 @@ has vLLM parse config.json, choose a scheme and a kernel for every layer, and ma
 pretended GPU of each capability in `GPUS` that has every kernel installed. None runs: it shows which classes
 of vLLM take a layer, and that the tensors which those want are the ones in the file, by name and shape.
 
-What it prints stands in docs/export.md.
+What it prints stands in docs/export.md, and in `KERNELS` of `recoup.export.compressed_tensors_kernels`.
 """
 
 import json
@@ -31,7 +31,11 @@ IMPORTED = (
     *("einops", "py-cpuinfo", "pybase64", "pyzmq", "sentencepiece", "setproctitle", "uvloop", "xgrammar"),
 )
 KERNELS = ("humming-kernels", "cuda-bindings", "cuda-pathfinder")  # import without a GPU
-GPUS = {"Ampere": (8, 0), "Hopper": (9, 0), "Blackwell": (10, 0)}
+GPUS = {"Ampere": (8, 0), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0)}
+BLOCKS_SINCE = (
+    9,
+    0,
+)  # csrc/quantization/w8a8/cutlass/scaled_mm_entry.cu, cutlass_scaled_mm_supports_block_fp8
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 RECIPES = {
     "w4a16, w8a8 and w8a16": {
@@ -94,6 +98,9 @@ def ask(folders: Path, answers: Path) -> None:
         kind._enum = PlatformEnum.CUDA
         kind.is_cuda = lambda _: True
         kind.get_device_capability = lambda *_, c=capability, **__: DeviceCapability(*c)
+        for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
+            if hasattr(module, "CUTLASS_BLOCK_FP8_SUPPORTED"):
+                module.CUTLASS_BLOCK_FP8_SUPPORTED = capability >= BLOCKS_SINCE
         for folder in sorted(folders.iterdir()):
             cells.setdefault(folder.name, []).append(_answer(CompressedTensorsConfig, folder))
     rows: dict[tuple[str, ...], list[str]] = {}
@@ -120,8 +127,6 @@ def _pretend() -> None:
                 setattr(module, function, lambda *_, size=ONE_PROCESS[function]: size)
             elif function == "get_current_vllm_config":
                 setattr(module, function, lambda: config)
-            elif function == "CUTLASS_BLOCK_FP8_SUPPORTED":
-                setattr(module, function, True)
             elif THERE.search(function):
                 least = 100 if "fp4" in function else 0
                 setattr(module, function, lambda gpu=100, least=least, **_: gpu >= least)

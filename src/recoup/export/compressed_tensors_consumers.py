@@ -6,8 +6,8 @@ Its rows about vLLM are what vLLM's own parser and its choice of kernels answere
 pretended GPUs (`tests/export/vllm_parser.py`); those about SGLang are from its sources.
 
 A row stands here if the reader refuses the scheme on every GPU, quantizes on some GPU what training left in
-float, or leaves in float on every GPU what training quantized. A GPU that is too old for a format and takes
-float inputs instead (fp8 on Ampere) is no row: see docs/export.md.
+float, or leaves in float on every GPU what training quantized. What one GPU does otherwise (float inputs for
+fp8 on Ampere) is in `compressed_tensors_kernels`, and is asked for only where that GPU is named.
 """
 
 import re
@@ -15,11 +15,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from torch import nn
+
 from recoup.export import compressed_tensors_config as schema
 from recoup.export.compressed_tensors_config import Layout
+from recoup.export.compressed_tensors_kernels import (
+    ALWAYS,
+    GPUS,
+    KERNELS,
+    OLDEST,
+    Version,
+    kernel_for,
+)
+from recoup.export.tensor_parallel import check_joined_blocks, parts
 from recoup.schemes import Scheme
-
-Version = tuple[int, ...]
 
 # Reader -> the oldest and the newest release whose answers the table holds.
 CONSUMERS: dict[str, tuple[Version, Version]] = {
@@ -28,7 +37,6 @@ CONSUMERS: dict[str, tuple[Version, Version]] = {
     "transformers": ((5, 23), (5, 23)),
     "compressed-tensors": ((0, 17), (0, 20)),  # what transformers reads with
 }
-_ALWAYS: tuple[Version, Version] = ((0,), (10**6,))
 _CONSUMER = re.compile(r"(?P<name>[a-z-]+?)(?P<relation>>=|==)?(?P<version>\d+(\.\d+)*)?")
 
 
@@ -46,7 +54,7 @@ class Breakage:
     """
 
     consumer: str
-    versions: tuple[Version, Version] = _ALWAYS
+    versions: tuple[Version, Version] = ALWAYS
     breaks: Callable[[Layout], bool]
     what: str
     instead: str
@@ -73,11 +81,15 @@ def _form(format_: str, *, inputs: bool | None = None) -> Callable[[Layout], boo
     return lambda layout: layout.format == format_ and inputs in (None, layout.inputs is not None)
 
 
-def _int8_of_4_and_8_bits(layout: Layout) -> bool:
-    return _packed("int")(layout) and _bits(4, 8)(layout)
+def _int8(*widths: int, grouped: bool) -> Callable[[Layout], bool]:
+    """Packed weights of these bits with int8 inputs, in groups or per channel."""
+    return lambda layout: (
+        _packed("int")(layout) and _bits(*widths)(layout) and ("group_size" in layout.weights) == grouped
+    )
 
 
 _VLLM = "vllm/model_executor/layers/quantization/compressed_tensors/"
+_HUMMING = "vllm/model_executor/layers/quantization/utils/humming/schema.py, check_and_fallback_input_schema"
 _SGLANG = "sglang/srt/layers/quantization/compressed_tensors/"
 BREAKAGES: tuple[Breakage, ...] = (
     Breakage(
@@ -93,16 +105,27 @@ BREAKAGES: tuple[Breakage, ...] = (
         versions=((0,), (0, 26)),
         breaks=_packed("int"),
         what="has no scheme of packed weights with int8 inputs",
-        instead="vllm>=0.32 on Hopper, w8a8, or the same weights with float inputs",
+        instead="w8a8, or the same weights with float inputs",
         source=f"{_VLLM}compressed_tensors.py, _is_wNaM_int",
     ),
     Breakage(
         consumer="vllm",
         versions=((0, 26), (0, 32)),
-        breaks=_int8_of_4_and_8_bits,
+        breaks=lambda layout: _packed("int")(layout) and _bits(4, 8)(layout),
         what="takes Marlin for packed weights of 4 and 8 bits, which leaves their inputs in float",
-        instead="vllm>=0.32 on Hopper, w8a8, or the same weights with float inputs",
+        instead="w8a8, or the same weights with float inputs",
         source=f"{_VLLM}schemes/compressed_tensors_wNa8.py: only Humming reads _humming_input_quant_config",
+    ),
+    *(
+        Breakage(
+            consumer="vllm",
+            versions=(first, ALWAYS[1]),
+            breaks=_int8(*widths, grouped=True),
+            what="leaves the inputs of packed weights in groups in float",
+            instead="w8a8, or the same weights with float inputs",
+            source=_HUMMING,
+        )
+        for first, widths in (((0, 31), (2, 3, 5, 6, 7)), ((0, 32), (4, 8)))
     ),
     Breakage(
         consumer="vllm",
@@ -121,7 +144,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         consumer="vllm",
-        versions=((0, 20), _ALWAYS[1]),
+        versions=((0, 20), ALWAYS[1]),
         breaks=_form(schema.MXFP8, inputs=False),
         what="quantizes the inputs of every mxfp8 layer on Blackwell, and these were trained in float",
         instead="mxfp8, which trains them quantized",
@@ -137,7 +160,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         consumer="vllm",
-        versions=((0, 21), _ALWAYS[1]),
+        versions=((0, 21), ALWAYS[1]),
         breaks=_form(schema.MXFP4, inputs=False),
         what="quantizes the inputs of every mxfp4 layer on Blackwell, and these were trained in float",
         instead="mxfp4, which trains them quantized, or nvfp4a16",
@@ -181,28 +204,100 @@ BREAKAGES: tuple[Breakage, ...] = (
 )
 
 
-def check_consumer(modules: Mapping[str, tuple[Scheme, type]], consumer: str) -> None:
+def check_consumer(
+    model: nn.Module,
+    modules: Mapping[str, tuple[Scheme, type]],
+    consumer: str,
+    gpu: str | None = None,
+    devices: int = 1,
+) -> dict[str, str]:
     """Does the reader that is asked for compute what is trained?
 
     Args:
+        model: float, of transformers.
         modules: what is quantized, by name; each has a layout.
         consumer: a key of `CONSUMERS`, alone for the newest release that is known, or with a release
             ("vllm==0.27"), or with the first of those that must read it ("vllm>=0.27").
+        gpu: a key of `GPUS`; None asks for what a reader does on every GPU.
+        devices: over which every matrix is split.
+
+    Returns:
+        The kernel of every module on the GPU, in the newest release that is asked for, by name; nothing
+        without a GPU.
 
     Raises:
-        ValueError: no such reader, no release that is known, or one of the asked releases does not; names
-            the module, the release and what to do.
+        ValueError: no such reader or GPU, no release that is known, or one of the asked releases does not;
+            names the module, the release and what to do.
     """
     name, oldest, newest = _asked(consumer)
+    if gpu is not None:
+        _check_gpu(gpu, name, oldest)
     for path, (scheme, _) in modules.items():
         layout = schema.layout(scheme)
         for row in BREAKAGES:
             first = max(oldest, row.versions[0])
             if row.consumer == name and first <= newest and first < row.versions[1] and row.breaks(layout):
-                raise ValueError(
-                    f"{path}: {name} {_written(first)} {row.what} (scheme {scheme.name!r}, {row.source}); "
-                    f"take {row.instead}"
+                raise _refusal(
+                    f"{path}: {name} {_written(first)} {row.what}", scheme, row.source, row.instead
                 )
+    if name != "vllm":
+        return {}
+    if devices == 1:  # on several, the split has asked
+        check_joined_blocks(model, modules)
+    return _computed(model, modules, gpu, (oldest, newest), devices)
+
+
+def _computed(
+    model: nn.Module,
+    modules: Mapping[str, tuple[Scheme, type]],
+    gpu: str | None,
+    releases: tuple[Version, Version],
+    devices: int,
+) -> dict[str, str]:
+    """The kernels of vLLM; without a GPU, only whether there is one that has any."""
+    oldest, newest = releases
+    borders = {border for row in KERNELS for border in row.versions if oldest < border < newest}
+    computed: dict[str, str] = {}
+    for path, part in parts(model, modules, devices).items():
+        scheme = modules[path][0]
+        layout = schema.layout(scheme)
+        for release in sorted({oldest, *borders, newest}):
+            rows = [kernel_for(layout, part, one, release) for one in ([gpu] if gpu else GPUS)]
+            wrong = [row for row in rows if row and (row.wrong(layout) if gpu else not row.name)]
+            if len(wrong) == len(rows):
+                row = next((row for row in wrong if row.instead), wrong[0])
+                what = f"{path}: vllm {_written(release)} {row.wrong(layout)}"
+                where = f"({part[0]} x {part[1]} on {gpu or 'every GPU'})"
+                raise _refusal(f"{what} {where}", scheme, row.source, row.instead or _instead(gpu))
+            if gpu is not None:
+                computed[path] = (
+                    f"{rows[0].name if rows[0] else 'unknown'} on {gpu} (vllm {_written(release)})"
+                )
+    return computed
+
+
+def _check_gpu(gpu: str, name: str, oldest: Version) -> None:
+    if gpu not in GPUS:
+        nearest = get_close_matches(gpu, GPUS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(GPUS)}"
+        raise ValueError(f"export.gpu: no GPU {gpu!r}; {hint}")
+    if name != "vllm":
+        raise ValueError(
+            f"export.gpu: {gpu} asked, of {name} no kernels are known; leave it out, or take consumer: vllm"
+        )
+    if oldest < OLDEST:
+        raise ValueError(
+            f"export.gpu: {gpu} asked, the kernels of vllm are known from {_written(OLDEST)}, not of "
+            f"{_written(oldest)}; name a newer one as consumer"
+        )
+
+
+def _refusal(what: str, scheme: Scheme, source: str, instead: str) -> ValueError:
+    return ValueError(f"{what} (scheme {scheme.name!r}, {source}); take {instead}")
+
+
+def _instead(gpu: str | None) -> str:
+    return " or ".join(("w4a16", *(GPUS[gpu] if gpu else ())))
 
 
 def _asked(consumer: str) -> tuple[str, Version, Version]:

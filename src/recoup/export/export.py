@@ -49,7 +49,13 @@ _PROCESSOR_FILES = (
 
 
 def preflight(
-    model: nn.Module, plan: Plan, target: str, *, tensor_parallel: int = 1, consumer: str | None = None
+    model: nn.Module,
+    plan: Plan,
+    target: str,
+    *,
+    tensor_parallel: int = 1,
+    consumer: str | None = None,
+    gpu: str | None = None,
 ) -> dict[str, str]:
     """Can the target's engine run this plan? Asked before any calibration or training.
 
@@ -60,9 +66,12 @@ def preflight(
         tensor_parallel: devices over which the engine will split every matrix.
         consumer: who will read the artefact, as "vllm" or "vllm>=0.27"; None asks for no more than the
             engine that proves it.
+        gpu: the generation of GPU on which the consumer will run, as "hopper"; None asks for no more than
+            what it does on every GPU.
 
     Returns:
-        What computes every quantized module there, or how it is stored, by name. Where codes lie in fields
+        What computes every quantized module there, or how it is stored, by name; the kernel on the GPU, too,
+        where one is named. Where codes lie in fields
         wider than they need, that says so, and a warning says what it costs, unless their kernel is for them.
 
     Raises:
@@ -83,8 +92,11 @@ def preflight(
         there.cache(plan.kv)
     if tensor_parallel > 1:
         there.split(model, modules, tensor_parallel)
+    if gpu is not None and consumer is None:
+        raise ValueError(f"export.gpu: {gpu} asked without a reader; name one, as consumer: vllm")
+    served: dict[str, str] = {}
     if consumer is not None:
-        there.serve(modules, consumer)
+        served = there.serve(model, modules, consumer, gpu, tensor_parallel)
     widths = {path: (scheme, there.width(scheme, kind)) for path, (scheme, kind) in modules.items()}
     # where the narrow codes have a kernel that wide ones have not, the fields are what that costs
     idle = {
@@ -98,7 +110,10 @@ def preflight(
         path: f", in fields of {width} bits" if width > scheme.weights.format.bits else ""
         for path, (scheme, width) in widths.items()
     }
-    return {path: there.kernel(scheme, kind) + fields[path] for path, (scheme, kind) in modules.items()}
+    return {
+        path: there.kernel(scheme, kind) + fields[path] + (f", {served[path]}" if path in served else "")
+        for path, (scheme, kind) in modules.items()
+    }
 
 
 def export(

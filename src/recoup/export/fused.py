@@ -27,7 +27,7 @@ def share_global_scales(model: nn.Module) -> nn.Module:
     nearly as it can. For a calibrated model, before it is measured or trained; never touches weights. Without
     scales of whole tensors there is nothing to do.
     """
-    for names in _siblings(model):
+    for names in siblings(model):
         modules = [model.get_submodule(name) for name in names]
         linears = [module for module in modules if isinstance(module, QuantLinear)]
         _share([linear.weight_quantizer for linear in linears])
@@ -46,7 +46,7 @@ def check_fused(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]]) -> 
         ValueError: siblings with two schemes, or with two scales of whole tensors, or with learned ones,
             which would part; names them and the remedy.
     """
-    for names in _siblings(model):
+    for names in siblings(model):
         schemes = {modules[name][0].name if name in modules else "none" for name in names}
         if len(schemes) > 1:
             raise ValueError(
@@ -68,7 +68,8 @@ def check_fused(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]]) -> 
                 )
 
 
-def _siblings(model: nn.Module) -> Iterator[list[str]]:
+def siblings(model: nn.Module) -> Iterator[list[str]]:
+    """The names of layers that vLLM joins, in its order."""
     for path, parent in model.named_modules():
         children = dict(parent.named_children())
         for names in FUSED:

@@ -38,8 +38,8 @@ class Target:
         output: (module, spec of its quantized output); raises ValueError for what the files cannot hold.
         split: (float model, what is quantized, devices); raises ValueError where the engine cannot run the
             parts of every matrix on a device each.
-        serve: (what is quantized, reader); raises ValueError where that reader of the artefact does not
-            compute what was trained.
+        serve: (float model, what is quantized, reader, its GPU or None, devices) -> the kernel of every
+            module on that GPU; raises ValueError where that reader does not compute what was trained.
         cache: spec of keys and values; raises ValueError where the artefact cannot hold it.
         settle: calibrated model -> the same, in place, with its scales as the engine needs them beyond what
             a module knows; whoever calibrates calls it before measuring.
@@ -62,7 +62,7 @@ class Target:
     width: Callable[[Scheme, type], int]
     output: Callable[[str, QuantSpec], None]
     split: Callable[[nn.Module, Quantized, int], None]
-    serve: Callable[[Quantized, str], None]
+    serve: Callable[[nn.Module, Quantized, str, str | None, int], dict[str, str]]
     cache: Callable[[QuantSpec], None]
     settle: Callable[[nn.Module], nn.Module]
     write: Callable[[nn.Module, Path, Batch], None]
@@ -116,8 +116,10 @@ def _one_device(model: nn.Module, modules: Quantized, devices: int) -> None:
     )
 
 
-def _one_reader(modules: Quantized, consumer: str) -> None:
-    del modules
+def _one_reader(
+    model: nn.Module, modules: Quantized, consumer: str, gpu: str | None, devices: int
+) -> dict[str, str]:
+    del model, modules, gpu, devices
     raise ValueError(
         f"export.consumer: {consumer} asked, this target has one reader; leave it out, or export to "
         "compressed-tensors"

@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from recoup.export.compressed_tensors_config import PACKED, layout
+from recoup.export.fused import siblings
 from recoup.schemes import Scheme
 
 _WORD = 32  # bits
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
-_JOINED = ("qkv_proj", "gate_up_proj")
 
 
 def check_split(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]], devices: int) -> None:
@@ -40,7 +40,7 @@ def check_split(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]], dev
     if wrong := _heads(model, devices):
         raise ValueError(f"export.tensor_parallel: {wrong} cannot be dealt to {devices} devices")
     for path, (scheme, _) in modules.items():
-        style = next((style for match, style in plan.items() if fnmatchcase(path, match)), "")
+        style = _style(model, path)
         if path.endswith("lm_head") or not style:
             continue
         if wrong := _cut(model, path, scheme, style, devices):
@@ -67,7 +67,6 @@ def _cut(model: nn.Module, path: str, scheme: Scheme, style: str, devices: int) 
     linear = model.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     rows, columns = scheme.weights.granularity.rows, scheme.weights.granularity.columns
-    name = path.rpartition(".")[2]
     if "rowwise" in style:  # of the transposed matrix
         part, left = divmod(linear.in_features, devices)
         if left or (columns is not None and part % columns):
@@ -77,11 +76,71 @@ def _cut(model: nn.Module, path: str, scheme: Scheme, style: str, devices: int) 
         return ""
     if "colwise" not in style:
         return ""
-    if name in _JOINED and rows not in (1, None) and devices > 1:
-        return f"blocks of {rows} rows in a matrix of several joined ones are not known to be whole"
-    config: Any = model.config
-    shared = getattr(config, "num_key_value_heads", None) or devices
-    part, left = divmod(linear.out_features, min(devices, shared) if name in _KEYS_AND_VALUES else devices)
-    if left or (rows is not None and part % rows):
-        return f"{linear.out_features} rows cannot be split into whole blocks of {rows or 1}"
+    for whole, dealt in _matrices(model, path, devices):
+        part, left = divmod(whole, dealt)
+        if left or (rows is not None and part % rows):
+            return f"{whole} rows cannot be split into whole blocks of {rows or 1}"
     return ""
+
+
+def _style(model: nn.Module, path: str) -> str:
+    plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
+    return next((style for match, style in plan.items() if fnmatchcase(path, match)), "")
+
+
+def _matrices(model: nn.Module, path: str, devices: int) -> list[tuple[int, int]]:
+    """The rows of every matrix that a Linear joins, and over how many devices they are dealt.
+
+    Heads of keys and values that are fewer than the devices are repeated (vLLM's `QKVParallelLinear`).
+    """
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    config: Any = model.config
+    name, rows = path.rpartition(".")[2], linear.out_features
+    heads = getattr(config, "num_attention_heads", None) or devices
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    dealt = min(devices, shared)
+    if name == "qkv_proj":
+        head = rows // (heads + 2 * shared)
+        return [(head * heads, devices), (head * shared, dealt), (head * shared, dealt)]
+    if name == "gate_up_proj":
+        return [(rows // 2, devices)] * 2
+    return [(rows, dealt if name in _KEYS_AND_VALUES else devices)]
+
+
+def parts(
+    model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]], devices: int
+) -> dict[str, tuple[int, int]]:
+    """Rows and columns of what a device multiplies by, by the names of what is quantized.
+
+    Siblings that vLLM runs as one product (`fused.FUSED`) have the rows of all of them.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for path in modules:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        style = _style(model, path)
+        rows = linear.out_features
+        if "colwise" in style:
+            rows = sum(whole // dealt for whole, dealt in _matrices(model, path, devices))
+        found[path] = rows, linear.in_features // (devices if "rowwise" in style else 1)
+    for names in siblings(model):
+        joined = sum(found[name][0] for name in names if name in found)
+        found |= {name: (joined, found[name][1]) for name in names if name in found}
+    return found
+
+
+def check_joined_blocks(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]]) -> None:
+    """Are the blocks of matrices that are one in the file whole, on one device? The last one's may be cut.
+
+    Raises:
+        ValueError: vLLM refuses them (`fp8_utils.py`, `validate_fp8_block_shape`); names the matrix.
+    """
+    for path, (scheme, _) in modules.items():
+        rows = scheme.weights.granularity.rows
+        for whole, _ in _matrices(model, path, 1)[:-1]:
+            if rows is not None and whole % rows:
+                raise ValueError(
+                    f"{path}: a matrix in it has {whole} rows, no whole blocks of {rows}, and vLLM reads "
+                    "each by itself; take fp8, which has a scale per channel"
+                )

@@ -150,6 +150,7 @@ def recover(
         recipe.export.target,
         tensor_parallel=recipe.export.tensor_parallel,
         consumer=recipe.export.consumer,
+        gpu=recipe.export.gpu,
     )
     if not begun(folder):
         check_rungs(model, plan, recipe, calibration, train)

@@ -224,12 +224,14 @@ class ExportSettings(_Section):
         to: a name, or names with "/" between them; nothing outside the run's folder.
         tensor_parallel: devices over which the engine will split every matrix; asked before any work.
         consumer: who will read the artefact, as "vllm" or "vllm>=0.27"; asked before any work.
+        gpu: the generation of GPU on which it will run, as "hopper"; asked before any work.
     """
 
     target: str = Field(default="onnx", min_length=1)
     to: Annotated[str, AfterValidator(_inside)] = "artefact"
     tensor_parallel: int = Field(default=1, ge=1)
     consumer: str | None = None
+    gpu: str | None = None
 
 
 class TaskSettings(BaseModel):
