@@ -158,6 +158,10 @@ class TrainSettings(_Section):
         weight_decay: of the weights; scales, biases and norms have none.
         warmup: steps over which the learning rate rises from 0.
         start_step: quantization is off for so many steps first.
+        freeze_ranges: learned scales and offsets stay as they are after so many steps; null trains them to
+            the end.
+        dampening: the weight of a penalty on |Q(w) - clip(w)|^2 of every quantized weight, which holds back
+            those that oscillate between two codes; it rises from 0 on half a cosine.
         clip_norm: gradients are scaled down to this norm.
         accumulate: batches per optimizer step.
         precision: "bf16" is autocast; the master weights are float32 either way.
@@ -182,6 +186,8 @@ class TrainSettings(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: int = Field(default=0, ge=0)
     start_step: int = Field(default=0, ge=0)
+    freeze_ranges: int | None = Field(default=None, ge=0)
+    dampening: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     accumulate: int = Field(default=1, ge=1)
     precision: Literal["float32", "bf16"] = "float32"

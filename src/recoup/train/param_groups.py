@@ -13,6 +13,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The groups for an optimizer: weights with decay, biases and norms without, what quantizers learn apart.
 
+    The last one has "ranges": True, so that a schedule can tell it from the others.
+
     Args:
         model: prepared.
         lr: of everything but the scales.
@@ -28,9 +30,19 @@ def param_groups(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = [parameter for parameter in trainable if id(parameter) not in scales]
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
-        {"params": [p for p in trainable if id(p) in scales], "lr": scale_lr or lr, "weight_decay": 0.0},
+        {
+            "params": [p for p in others if p.ndim >= 2],
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "ranges": False,
+        },
+        {"params": [p for p in others if p.ndim < 2], "lr": lr, "weight_decay": 0.0, "ranges": False},
+        {
+            "params": [p for p in trainable if id(p) in scales],
+            "lr": scale_lr or lr,
+            "weight_decay": 0.0,
+            "ranges": True,
+        },
     ]
     return [group for group in groups if group["params"]]
 

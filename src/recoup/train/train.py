@@ -24,6 +24,7 @@ from recoup.schemes.recipe import TrainSettings
 from recoup.train.activations import activations_recomputed
 from recoup.train.best import Best
 from recoup.train.checkpoints import Checkpoints
+from recoup.train.dampening import dampen
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError, first_nonfinite_gradient, first_nonfinite_module
 from recoup.train.interrupt import interrupt_waits
@@ -197,8 +198,9 @@ class _Training:
 
     def _one_step(self, stream: Iterator[Batch], record: Record) -> float:
         self.step += 1
+        frozen = self.settings.freeze_ranges is not None and self.step > self.settings.freeze_ranges
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.share(self.step - 1)
+            group["lr"] = 0.0 if frozen and group["ranges"] else rate * self.share(self.step - 1)
         loss = sum(self._accumulate(next(stream)) for _ in range(self.settings.accumulate))
         entry = {"step": self.step, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
@@ -223,10 +225,17 @@ class _Training:
                 raise self._stopped_by(value, batch)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
+                if self.settings.dampening and not delayed:
+                    dampen(self.model, self.settings.dampening * self._rising())
                 self._clip()
             self.stepper.step()
             self.stepper.zero_grad()
         return value / self.settings.accumulate
+
+    def _rising(self) -> float:
+        """From 0 to 1 on half a cosine, while quantization is on."""
+        on = self.settings.steps - self.settings.start_step
+        return 0.5 * (1 - math.cos(math.pi * (self.step - self.settings.start_step) / on))
 
     def _stopped_by(self, loss: float, batch: Batch) -> NonFiniteLossError:
         culprit = first_nonfinite_module(self.model, batch)
