@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,41 +40,47 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": WORDS, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    sizes: dict[str, Any] = {"vocab_size": WORDS, "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 64}
     config = GPT2Config(**sizes, initializer_range=0.1, bos_token_id=1, eos_token_id=2)
     return GPT2LMHeadModel(config).eval()
 
 
-_ALTERNATING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+@dataclass(frozen=True)
+class Row:
+    """A file that is written once.
+
+    Args:
+        recipe: what is quantized.
+        padding: where the first batch has it, of each of its first samples.
+        training: `config.use_cache` is off, as in training.
+    """
+
+    model: Callable[[], PreTrainedModel]
+    recipe: dict[str, Any]
+    padding: tuple[slice, ...] = ()
+    training: bool = False
+
+
+_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+_tied = partial(small, "qwen3", tie_word_embeddings=True)
 _KEPT = [{"match": "model.embed_tokens", "scheme": "none"}]  # Gemma's has no quantized form
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: small("llama", num_hidden_layers=2),
-    "llama tied": lambda: small("llama tied"),
-    "qwen3": lambda: small("qwen3"),
-    "gemma3": lambda: small("gemma3", **_ALTERNATING),
-    "phi3": lambda: small("phi3"),
-    "gpt2": gpt2,
-}
-_TABLES = ("model.embed_tokens", "lm_head")
-FILES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama w4a16": ("llama", {"scheme": "w4a16"}),
-    "llama w8a8-ort": ("llama", {"scheme": "w8a8-ort"}),
-    "llama w4a8-ort": ("llama", {"scheme": "w4a8-ort"}),
-    "llama tied w4a16": (
-        "llama tied",
-        {"scheme": "w4a16", "rules": [{"match": match, "scheme": "w8a16"} for match in _TABLES]},
-    ),
-    "qwen3 w4a16": ("qwen3", {"scheme": "w4a16"}),
-    "gemma3 w4a16": ("gemma3", {"scheme": "w4a16", "rules": _KEPT}),
-    "phi3 w4a8-ort": ("phi3", {"scheme": "w4a8-ort"}),
-    "gpt2 w4a16": ("gpt2", {"scheme": "w4a16"}),
+_TABLES = [{"match": match, "scheme": "w8a16"} for match in ("model.embed_tokens", "lm_head")]
+_MLP = [{"match": "*.mlp.*", "scheme": "w8a8-ort"}]
+LEFT, RIGHT = (slice(0, 3), slice(0, 5)), (slice(5, 8), slice(3, 8))
+FILES = {
+    "llama w4a16": Row(small, {"scheme": "w4a16"}, training=True),
+    "qwen3 tied w4a16": Row(_tied, {"scheme": "w4a16", "rules": _TABLES}),
+    "gemma3 w4a16": Row(partial(small, "gemma3", **_LAYERS), {"scheme": "w4a16", "rules": _KEPT}, RIGHT),
+    "gpt2 w4a16": Row(gpt2, {"scheme": "w4a16"}, LEFT),
+    "phi3 w4a8-ort, w8a8-ort": Row(partial(small, "phi3"), {"scheme": "w4a8-ort", "rules": _MLP}),
 }
 FLOAT_INPUTS = [name for name in FILES if name.endswith("a16")]
+PADDED = [name for name, row in FILES.items() if row.padding]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A file, and the converted model it was written from."""
+    """A file, the converted model it was written from, and what that says."""
 
     model: nn.Module
     folder: Path
@@ -83,18 +90,25 @@ class Made:
     def file(self) -> onnx.ModelProto:
         return onnx.load(self.folder / "model.onnx")
 
+    @cached_property
+    def spoken(self) -> Generation:
+        return generation(self.model, batch())
 
-def quantized(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
+
+def made(row: Row, folder: Path) -> Made:
     torch.manual_seed(1)
-    prepare(model, resolve(model, Recipe.model_validate(recipe)))
-    return calibrate(model, [batch()], observer="minmax")
-
-
-def made(name: str, folder: Path) -> Made:
-    model, recipe = FILES[name]
-    prepared = quantized(MODELS[model](), recipe)
-    parity = export(prepared, folder, "onnx", processor=Processor())
-    return Made(model=convert(prepared).eval(), folder=folder, parity=parity)
+    model: Any = row.model()
+    first = batch(samples=3)
+    if row.padding:
+        first["attention_mask"] = torch.ones(3, 8, dtype=torch.int64)
+        for sample, place in enumerate(row.padding):
+            first["attention_mask"][sample, place] = 0
+    if row.training:
+        model.config.use_cache = False
+    prepare(model, resolve(model, Recipe.model_validate(row.recipe)))
+    calibrate(model, [first], observer="minmax")
+    parity = export(model, folder, "onnx", processor=Processor())
+    return Made(model=convert(model).eval(), folder=folder, parity=parity)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +119,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 
     def of(name: str) -> Made:
         if name not in known:
-            known[name] = made(name, folder / name.replace(" ", "-"))
+            known[name] = made(FILES[name], folder / name.replace(" ", "-"))
         return known[name]
 
     return of
@@ -260,7 +274,7 @@ def drops_the_newest(file: onnx.ModelProto) -> None:
 BROKEN = (forgets, reverses, exchanges, stays_at_the_first_place, sees_padding, drops_the_newest)
 
 
-@pytest.mark.parametrize("name", ["llama w4a16", "llama w4a8-ort"])
+@pytest.mark.parametrize("name", ["llama w4a16", "phi3 w4a8-ort, w8a8-ort"])
 @pytest.mark.parametrize("breaks", BROKEN, ids=lambda breaks: breaks.__name__)
 def test_a_past_that_is_wrong_is_no_parity(
     files: Callable[[str], Made], tmp_path: Path, breaks: Callable[[onnx.ModelProto], None], name: str
@@ -269,7 +283,7 @@ def test_a_past_that_is_wrong_is_no_parity(
     breaks(file)
     onnx.save(file, tmp_path / "model.onnx")
     with torch.no_grad(), pytest.raises(ParityError, match="decoding in onnxruntime, "):
-        generation(files(name).model, batch()).agree(OnnxModel(tmp_path))
+        files(name).spoken.agree(OnnxModel(tmp_path))
 
 
 def test_a_word_as_likely_as_the_trained_one_is_a_tie_and_another_is_no_parity(
@@ -304,7 +318,7 @@ def test_a_word_as_likely_as_the_trained_one_is_a_tie_and_another_is_no_parity(
 
 
 def test_a_tied_weight_is_stored_once_and_proven_twice(files: Callable[[str], Made]) -> None:
-    of = files("llama tied w4a16")
+    of = files("qwen3 tied w4a16")
     names = {tensor.name for tensor in of.file.graph.initializer}
     assert "model.embed_tokens.codes" in names
     assert "lm_head.codes" not in names
@@ -321,18 +335,28 @@ def test_kept_tensors_have_the_names_of_the_model(files: Callable[[str], Made]) 
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= names
 
 
-def test_training_without_a_cache_does_not_take_it_from_the_file(tmp_path: Path) -> None:
-    prepared = quantized(small(), {"scheme": "w4a16"})
-    prepared.config.use_cache = False  # for the length of the training
-    assert export(prepared, tmp_path / "out", "onnx", processor=Processor()).decoded
-    assert OnnxModel(tmp_path / "out").presents
+def test_training_without_a_cache_does_not_take_it_from_the_file(files: Callable[[str], Made]) -> None:
+    of = files("llama w4a16")
+    assert FILES["llama w4a16"].training
+    assert of.parity.decoded
+    assert OnnxModel(of.folder).presents
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_in_the_first_batch_is_nobodys_answer(files: Callable[[str], Made], name: str) -> None:
+    assert files(name).parity.same_word == 1
+    assert verify(files(name).folder).same
 
 
 def test_a_model_that_generates_without_cache_is_written_without(tmp_path: Path) -> None:
-    prepared = quantized(small(use_cache=False), {"scheme": "w4a16"})
-    assert export(prepared, tmp_path / "out", "onnx", processor=Processor()).decoded is None
+    """And padding on the left of whole sequences is nobody's answer, either."""
+    row = Row(partial(small, use_cache=False), {"scheme": "w8a8-ort"}, LEFT)
+    parity = made(row, tmp_path / "out").parity
+    assert parity.decoded is None
+    assert parity.same_word == 1
+    assert verify(tmp_path / "out").same
     model = OnnxModel(tmp_path / "out")
-    assert model.inputs == ["input_ids"]
+    assert model.inputs == ["input_ids", "attention_mask"]
     with pytest.raises(ValueError, match="the file has no past_key_values, so it does not decode; export"):
         model.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=1)
 
@@ -366,30 +390,6 @@ def test_a_file_does_not_tell_where_it_was_traced(files: Callable[[str], Made]) 
     content = (files("llama w4a16").folder / "model.onnx").read_bytes()
     for path in (transformers.__file__, importlib.import_module("recoup.export.onnx").__file__):
         assert str(Path(path).parent).encode() not in content
-
-
-LEFT, RIGHT = (slice(0, 3), slice(0, 5)), (slice(5, 8), slice(3, 8))
-
-
-@pytest.mark.parametrize(
-    ("name", "places", "cached"),
-    [("gpt2 w4a16", LEFT, True), ("gemma3 w4a16", RIGHT, True), ("llama w8a8-ort", LEFT, False)],
-    ids=["on the left", "on the right", "of whole sequences"],
-)
-def test_padding_in_the_first_batch_is_nobodys_answer(
-    name: str, places: tuple[slice, ...], cached: bool, tmp_path: Path
-) -> None:
-    architecture, recipe = FILES[name]
-    model: Any = MODELS[architecture]()
-    model.generation_config.use_cache = model.config.use_cache = cached
-    padded = batch(samples=3) | {"attention_mask": torch.ones(3, 8, dtype=torch.int64)}
-    for row, place in enumerate(places):
-        padded["attention_mask"][row, place] = 0
-    prepare(model, resolve(model, Recipe.model_validate(recipe)))
-    calibrate(model, [padded], observer="minmax")
-    parity = export(model, tmp_path / "out", "onnx", processor=Processor())
-    assert parity.same_word == 1
-    assert verify(tmp_path / "out").same
 
 
 def test_the_largest_batch_without_padding_is_compared() -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from recoup import (
     Recipe,
@@ -33,6 +32,7 @@ from recoup.export import TARGETS, Parity, ParityError, preflight, verify
 from recoup.nn import FakeQuantizer, output_quantizers, quantization_off
 from recoup.schemes import PRESETS, Plan
 from recoup.transforms import fuse
+from tests.export import resnets as tiny
 
 compare = importlib.import_module("recoup.export.onnx_qdq_parity").compare
 trained = TARGETS["onnx-qdq"].trained
@@ -147,10 +147,7 @@ def test_a_forgotten_residual_is_named_with_the_module_that_makes_it(
 
 
 def test_a_resnet_of_transformers_has_its_shortcuts_named(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes: Any = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"}
-    model = ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes)).eval()
-    batch = {"pixel_values": torch.randn(4, 3, 32, 32)}
+    model, batch = tiny.resnet(blocks=2)
     fuse(model, batch)
     recipe = Recipe.model_validate(
         {
@@ -161,10 +158,10 @@ def test_a_resnet_of_transformers_has_its_shortcuts_named(tmp_path: Path) -> Non
     forgetful = copy.deepcopy(model)
     settle = TARGETS["onnx-qdq"].settle
     settle(calibrate(prepare(model, resolve(model, recipe)), [batch]))
-    parity = export(model, tmp_path / "out", "onnx-qdq", processor=Nothing())
+    parity = export(model, tmp_path / "out", "onnx-qdq", processor=tiny.Nothing())
     assert parity.falls_back == {}
     ptq(forgetful, recipe.model_copy(update={"outputs": ()}), [batch], observer="minmax")
-    parity = export(settle(forgetful), tmp_path / "other", "onnx-qdq", processor=Nothing())
+    parity = export(settle(forgetful), tmp_path / "other", "onnx-qdq", processor=tiny.Nothing())
     stage = "resnet.encoder.stages"
     named = [
         line.partition("write outputs: ")[2].partition(" (")[0] for line in (parity.falls_back or {}).values()
@@ -174,13 +171,6 @@ def test_a_resnet_of_transformers_has_its_shortcuts_named(tmp_path: Path) -> Non
         f"[{stage}.0.layers.0]",
         f"[{stage}.1.layers.0.layer or {stage}.1.layers.0.shortcut]",
     ]
-
-
-class Nothing:
-    """Takes the place of an image processor."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        assert folder.is_dir()
 
 
 WHERE = {

@@ -28,65 +28,67 @@ from .conftest import Exported
 from .test_parity import DAMAGES, Damage
 
 FORMATS = range(FORMAT + 1)
-GOLDEN = {f"{target}, format {number}": (target, number) for target in golden.MODELS for number in FORMATS}
-every_golden = pytest.mark.parametrize(("target", "number"), GOLDEN.values(), ids=GOLDEN)
-every_target = pytest.mark.parametrize("target", golden.MODELS)
+GOLDEN = {
+    f"{name}, format {number}": (name, number)
+    for name, row in golden.MODELS.items()
+    for number in FORMATS[row.since :]
+}
+every_golden = pytest.mark.parametrize(("name", "number"), GOLDEN.values(), ids=GOLDEN)
+every_name = pytest.mark.parametrize("name", golden.MODELS)
 
 
-def folder_of(target: str, number: int = FORMAT) -> Path:
-    return golden.HERE / f"format-{number}" / target
-
-
-def outcomes(folder: Path) -> dict[str, str]:
-    return {check.what: check.outcome for check in verify(folder).checks}
+def folder_of(name: str, number: int = FORMAT) -> Path:
+    return golden.HERE / f"format-{number}" / name
 
 
 @pytest.fixture
-def copied(target: str, tmp_path: Path) -> Path:
-    return shutil.copytree(folder_of(target), tmp_path / "copy")
+def copied(name: str, tmp_path: Path) -> Path:
+    return shutil.copytree(folder_of(name), tmp_path / "copy")
 
 
 # Formats
 
 
 def test_there_are_folders_of_every_format_and_target() -> None:
-    assert set(golden.MODELS) == set(TARGETS)
+    assert {row.target for row in golden.MODELS.values() if row.since == 0} == set(TARGETS)
+    assert all(folder_of(name, number).is_dir() for name, number in GOLDEN.values())
     assert sorted(path.name for path in golden.HERE.glob("format-*")) == [f"format-{n}" for n in FORMATS]
     assert list(MIGRATIONS) == list(range(FORMAT))
 
 
 @every_golden
-def test_a_folder_of_every_format_runs_as_it_did(target: str, number: int) -> None:
-    recorded = load_file(folder_of(target, number).with_suffix(".safetensors"))
-    ids, engine = recorded["ids"], TARGETS[target].load(folder_of(target, number))
-    batch = {"input_ids": ids} if target in ("gguf", "compressed-tensors") else {"ids": ids}
+def test_a_folder_of_every_format_runs_as_it_did(name: str, number: int) -> None:
+    recorded = load_file(folder_of(name, number).with_suffix(".safetensors"))
+    row = golden.MODELS[name]
     with torch.no_grad():
-        found = golden.logits(call(engine, batch))
+        engine = TARGETS[row.target].load(folder_of(name, number))
+        found = golden.logits(call(engine, {row.batch: recorded["ids"]}))
     difference = (found - recorded["answers"]).norm() / recorded["answers"].norm()
     assert float(difference) <= float(recorded["allowed"])
 
 
 @every_golden
-def test_a_folder_of_every_format_is_verified_as_far_as_it_says(target: str, number: int) -> None:
-    found = verify(folder_of(target, number))
+def test_a_folder_of_every_format_is_verified_as_far_as_it_says(name: str, number: int) -> None:
+    found, row = verify(folder_of(name, number)), golden.MODELS[name]
     assert found.same
-    assert found.written.startswith(f"{target}, format {number}, written by ")
+    assert found.written.startswith(f"{row.target}, format {number}, written by ")
     if number == 0:
         assert {check.outcome for check in found.checks} == {"not checked"}
-        assert "codes     not checked  format 0 has no digests of codes and scales" in str(found)
+        assert "codes      not checked  format 0 has no digests of codes and scales" in str(found)
         assert str(found).endswith("is readable; what was exported is not known")
         return
-    assert outcomes(folder_of(target, number)) == {
+    assert {check.what: check.outcome for check in found.checks} == {
         "files": "same",
         "codes": "same",
-        "modules": "not checked" if target == "gguf" else "same",
+        "modules": "not checked" if row.target == "gguf" else "same",
         "outputs": "same",
+        **dict.fromkeys(row.checks, "same"),
     }
     assert str(found).endswith("is what was exported")
 
 
-@every_target
-def test_a_folder_of_a_newer_format_is_refused(target: str, copied: Path) -> None:
+@every_name
+def test_a_folder_of_a_newer_format_is_refused(copied: Path) -> None:
     edited(copied, lambda data: data.update(format=FORMAT + 1))
     with pytest.raises(ValueError, match=rf"format {FORMAT + 1}, this recoup reads up to {FORMAT}; update"):
         verify(copied)
@@ -95,23 +97,23 @@ def test_a_folder_of_a_newer_format_is_refused(target: str, copied: Path) -> Non
 # Differences
 
 
-@every_target
-def test_verifying_changes_nothing(target: str, copied: Path) -> None:
+@every_name
+def test_verifying_changes_nothing(copied: Path) -> None:
     before = {path.name: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     verify(copied)
     assert {path.name: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("target", ["onnx", "onnx-qdq", "compressed-tensors", "gguf"])
-def test_a_byte_that_changed_is_found(target: str, copied: Path) -> None:
+@pytest.mark.parametrize("name", ["onnx", "onnx-qdq", "compressed-tensors", "gguf"])
+def test_a_byte_that_changed_is_found(name: str, copied: Path) -> None:
     """In the middle of a quantized matrix: the file's sum and the digest of the codes say so."""
-    name, place = middle_of_a_matrix(target, copied)
-    content = bytearray((copied / name).read_bytes())
+    file, place = middle_of_a_matrix(name, copied)
+    content = bytearray((copied / file).read_bytes())
     content[place] ^= 1
-    (copied / name).write_bytes(content)
+    (copied / file).write_bytes(content)
     found = {check.what: check for check in verify(copied).checks}
     assert found["files"].outcome == found["codes"].outcome == "different"
-    assert found["files"].found == f"{name} has other bytes"
+    assert found["files"].found == f"{file} has other bytes"
     assert found["codes"].found.endswith((": other codes", ": other scale"))
     assert "\n" not in found["codes"].found
 
@@ -405,7 +407,7 @@ def test_the_command_says_0_1_or_2(tmp_path: Path, capsys: pytest.CaptureFixture
     edited(copied, lambda data: data["modules"]["blocks"]["digests"].update(codes="0"))
     assert exit_of("verify", str(copied)) == 1
     said = capsys.readouterr().out
-    assert "codes     different    blocks: other codes" in said
+    assert "codes      different    blocks: other codes" in said
     assert said.splitlines()[-1] == f"{copied} is NOT what it should be"
     assert exit_of("verify", str(tmp_path / "none")) == 2
     assert capsys.readouterr().err.startswith(f"recoup: {tmp_path / 'none'}: no such folder")

@@ -1,8 +1,8 @@
 """What a folder says of itself, so that it can be verified later: artefact.json, and artefact.tensors.
 
 The JSON has the format of the folder, the scheme and the digests of every quantized module, and the sums of
-all files; the tensors are a batch, what the trained model answered to it, biases, and the scales of inputs,
-outputs, keys and values.
+all files; the tensors are a batch, what the trained model answered to it and generated after it, biases, and
+the scales of inputs, outputs, keys and values.
 What is read is not trusted: it is checked as a recipe is, and no name in it leads out of the folder.
 """
 
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, cast
 
+import torch
 from pydantic import TypeAdapter, ValidationError, with_config
 from torch import Tensor
 
 from recoup.export.answers import Answers
+from recoup.export.onnx_decoding import Generation
 from recoup.export.rebuilt import KINDS, Convolution
 from recoup.export.trained import Layer
 from recoup.nn import Batch
@@ -26,6 +28,7 @@ FILE, FORMAT = "artefact.json", 1
 TENSORS = "artefact.tensors"  # safetensors; under that name vLLM would take it for weights
 _LARGEST = 2**26  # of artefact.json
 _STATE = ("scale", "zero_point", "offset", "global_scale")  # of a FakeQuantizer
+GENERATED = ("ids", "mask", "tokens", "words", "logits", "reach")  # of a Generation
 Scalar = bool | int | float | str | None
 
 
@@ -63,6 +66,7 @@ class Example:
         others: its values that are no tensors, by name or place.
         answers: the names of the outputs, in their order.
         every, allowed, allowed_nats, allowed_flip: see `Answers`.
+        allowed_decoding: see `Generation`; None where nothing was generated, or nobody recorded it.
     """
 
     batch: Literal["mapping", "sequence", "tensor"]
@@ -72,6 +76,7 @@ class Example:
     allowed: float
     allowed_nats: float | None
     allowed_flip: float | None = None
+    allowed_decoding: float | None = None
 
 
 @with_config(extra="forbid")
@@ -209,6 +214,20 @@ def example_of(artefact: Artefact, tensors: Mapping[str, Tensor]) -> tuple[Batch
     )
 
 
+def generation_of(artefact: Artefact, tensors: Mapping[str, Tensor]) -> Generation | None:
+    """What the trained model generated; None where that was not recorded.
+
+    Raises:
+        ValueError: tensors are missing, or do not belong together.
+    """
+    found, own = artefact.example, _with_prefix(tensors, "generation.")
+    if found is None or found.allowed_decoding is None:
+        return None
+    if set(own) != set(GENERATED) or not _belong_together(**own):
+        raise ValueError(f"{TENSORS}: not the words that were generated for {FILE}; export it again")
+    return Generation(allowed=found.allowed_decoding, **own)
+
+
 def inside(folder: Path, name: str) -> Path:
     """A file of the folder by the name that artefact.json has for it.
 
@@ -229,6 +248,21 @@ def inside(folder: Path, name: str) -> Path:
 def state_of(kind: str, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of a quantizer, "input" of a module or "lattice" of its own, as it was recorded."""
     return {name: tensors[key] for name in _STATE if (key := f"{kind}.{name}.{path}") in tensors}
+
+
+def _belong_together(
+    ids: Tensor, mask: Tensor, tokens: Tensor, words: Tensor, logits: Tensor, reach: Tensor
+) -> bool:
+    """Shapes and types as `Generation` has them."""
+    shapes = (
+        ids.ndim == tokens.ndim == 2,
+        len(ids) == len(tokens),
+        ids.shape == mask.shape,
+        tokens.shape == reach.shape,
+        logits.shape == (*tokens.shape, *words.shape),
+    )
+    types = (*(each.dtype == torch.int64 for each in (ids, mask, tokens, words)), logits.is_floating_point())
+    return all((*shapes, *types))
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -25,12 +25,10 @@ from recoup.export.trained import (
     Layer,
     Stored,
     Trained,
-    cached,
     check_cached,
     check_modules,
     check_stored,
     coded,
-    lattices,
     tensors_of,
 )
 from recoup.nn import Batch, CodedLinear, CodedModule, Codes, FakeQuantizer, call, cut
@@ -50,20 +48,11 @@ _OTHERS: dict[str, tuple[str, tuple[int, ...]]] = {  # the names here: those of 
 def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
     """What a folder is compared with, from the converted model that it was written from."""
     example = cut(example, 1)
-    modules, places = coded(model)
+    modules, _ = coded(model)
     roundoff = max(map(_roundoff, modules.values()), default=0.0)
     reference = _as_stored(model, load(folder))
-    answered, recorded = answers(reference, example, lattices=_LATTICES, weight_roundoff=roundoff)
-    return Trained(
-        modules=modules,
-        places=places,
-        example=example,
-        answers=answered,
-        recorded=recorded,
-        lattices=lattices(model),
-        cached=cached(model),
-        kept=writer.kept(model),
-    )
+    answered = answers(reference, example, lattices=_LATTICES, weight_roundoff=roundoff)
+    return Trained.of(model, example, answered, kept=writer.kept(model))
 
 
 def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:

@@ -21,7 +21,7 @@ from recoup.export import gguf_blocks as blocks
 from recoup.export import gguf_vocabulary as vocabulary
 from recoup.export.answers import WORDS, answers
 from recoup.export.parity import Array, Parity, ParityError
-from recoup.export.trained import Layer, Stored, Trained, check_stored, coded, lattices
+from recoup.export.trained import Layer, Stored, Trained, check_stored
 from recoup.nn import Batch, CodedLinear, Codes
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -45,18 +45,9 @@ LEADING = "  spaces first"
 def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
     """What folder/model.gguf is compared with, from the converted model: its words after every prefix."""
     del folder
-    held, places = writer.coded_modules(model), coded(model)[1]
     batch = {"input_ids": torch.tensor([_sequence(example)])}
-    answered, recorded = answers(_Words(_computing(model)), batch, lattices=_LATTICES)
-    return Trained(
-        modules=held,
-        places={place: path for place, path in places.items() if path in held},
-        example=batch,
-        answers=answered,
-        recorded=recorded,
-        lattices=lattices(model),
-        kept=writer.kept(model),
-    )
+    answered = answers(_Words(_computing(model)), batch, lattices=_LATTICES)
+    return Trained.of(model, batch, answered, held=writer.coded_modules(model), kept=writer.kept(model))
 
 
 def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:

@@ -32,7 +32,7 @@ from recoup.export.onnx_layouts import container_bits
 from recoup.export.onnx_report import in_float
 from recoup.export.parity import Array, Parity, ParityError, added, equal, expected
 from recoup.export.tracing import positional
-from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded, lattices
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored
 from recoup.nn import OUTPUT, Batch, CodedModule, FakeQuantizer, call
 from recoup.numerics import QuantSpec, dequantize
 
@@ -49,16 +49,7 @@ def trained_whole(model: nn.Module, folder: Path, example: Batch) -> Trained:
     """The same of a file that is for whole sequences."""
     del folder
     example = onnx_cache.unpadded(model, example)
-    modules, places = coded(model)
-    answered, recorded = answers(model, example)
-    return Trained(
-        modules=modules,
-        places=places,
-        example=example,
-        answers=answered,
-        recorded=recorded,
-        lattices=lattices(model),
-    )
+    return Trained.of(model, example, answers(model, example))
 
 
 def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
@@ -108,6 +99,9 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
         ParityError: see `compare`.
     """
     codes, scales = check_stored(trained.modules, stored(folder, trained.layers))
+    shipped = load(folder)
+    if trained.generation and not shipped.presents:
+        raise ParityError(f"in {engine} the file does not decode, and what the trained model says is known")
     file = onnx.load(folder / FILE)
     mapped: dict[str, dict[str, str]] = json.loads(_metadata(file)[MODULES])
     outputs = {name: each for name, each in trained.lattices.items() if name.endswith(f".{OUTPUT}")}
@@ -123,9 +117,8 @@ def compared(trained: Trained, folder: Path, load: Callable[[Path], OnnxModel], 
                 f"{path}: {engine}'s output is {float(excess):.3g} times its bound from the trained one"
             )
         worst = max(worst, float(excess))
-    shipped = load(folder)
     found = trained.answers.agree(call(shipped, trained.example), engine)
-    spoken = trained.generation.agree(shipped) if trained.generation and shipped.presents else (None, None)
+    spoken = trained.generation.agree(shipped) if trained.generation else (None, None)
     return Parity(
         modules=len(trained.modules),
         codes=codes,

@@ -21,7 +21,7 @@ from recoup.export.answers import answers
 from recoup.export.parity import Array, Parity, ParityError, expected
 from recoup.export.pytorch_modules import container_bits, container_zero, multiplies_integers
 from recoup.export.tracing import positional
-from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded, lattices
+from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored, coded
 from recoup.nn import Batch, CodedLinear
 from recoup.numerics import QuantSpec
 
@@ -32,17 +32,9 @@ _BYTES = (torch.int8, torch.uint8)
 def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
     """What folder/model.pt2 is compared with, from the converted model."""
     del folder
-    modules, places = coded(model)
+    modules, _ = coded(model)
     roundoff = max((_narrowing(module.weight.dtype) for module in modules.values()), default=0.0)
-    answered, recorded = answers(model, example, weight_roundoff=roundoff)
-    return Trained(
-        modules=modules,
-        places=places,
-        example=example,
-        answers=answered,
-        recorded=recorded,
-        lattices=lattices(model),
-    )
+    return Trained.of(model, example, answers(model, example, weight_roundoff=roundoff))
 
 
 def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:

@@ -11,7 +11,18 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recoup.export.artefact import FILE, FORMAT, TENSORS, Artefact, Cache, Example, File, Module, to_json
+from recoup.export.artefact import (
+    FILE,
+    FORMAT,
+    GENERATED,
+    TENSORS,
+    Artefact,
+    Cache,
+    Example,
+    File,
+    Module,
+    to_json,
+)
 from recoup.export.rebuilt import DTYPES, Convolution, canonical
 from recoup.export.trained import Stored, Trained, layer_of, tensors_of
 from recoup.nn import CodedModule, FakeQuantizer
@@ -99,7 +110,7 @@ def _module(module: CodedModule, trained: Trained, path: str) -> Module:
 
 
 def _recorded(trained: Trained) -> tuple[dict[str, Tensor], Example | None]:
-    """The batch and the answers; nothing of a batch with values that JSON does not have."""
+    """The batch, answers and words generated; nothing of a batch with values that JSON does not have."""
     batch = trained.example
     kind: Literal["mapping", "sequence", "tensor"] = "mapping"
     if isinstance(batch, Mapping):
@@ -114,6 +125,8 @@ def _recorded(trained: Trained) -> tuple[dict[str, Tensor], Example | None]:
         return {}, None
     answers = trained.recorded
     tensors |= {f"answer.{name}": value for name, value in answers.values.items()}
+    if (said := trained.generation) is not None:
+        tensors |= {f"generation.{name}": getattr(said, name) for name in GENERATED}
     return tensors, Example(
         batch=kind,
         others=others,
@@ -122,4 +135,5 @@ def _recorded(trained: Trained) -> tuple[dict[str, Tensor], Example | None]:
         allowed=answers.allowed,
         allowed_nats=answers.allowed_nats,
         allowed_flip=answers.allowed_flip,
+        allowed_decoding=None if said is None else said.allowed,
     )

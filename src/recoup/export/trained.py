@@ -43,7 +43,7 @@ class Trained:
         example: the batch that was asked.
         answers: what the trained model answers.
         recorded: the part of it that goes into the folder.
-        generation: of a model that the file decodes, what it says; None also where nobody has it any more.
+        generation: of a model that the file decodes, what it says; None also where it was not recorded.
         lattices: the quantizers that belong to no module in `modules`, as those of outputs, by name.
         cached: the quantizers of keys and values, as `cached` names them.
         kept: the tensors that are not quantized, with the values of the file; None where nobody has them any
@@ -64,6 +64,39 @@ class Trained:
     def layers(self) -> dict[str, Layer]:
         """The modules, as a reader of bytes needs them."""
         return {path: layer_of(module, self._places(path)) for path, module in self.modules.items()}
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example: Batch,
+        answered: tuple[Answers, Answers],
+        *,
+        held: Mapping[str, CodedModule] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> "Trained":
+        """What a converted model is, and what it answers.
+
+        Args:
+            model: converted.
+            example: the batch that was asked.
+            answered: all of it, and the part that goes into the folder.
+            held: the modules that the file holds; all by default.
+            kept: see the class.
+        """
+        modules, places = coded(model)
+        held = modules if held is None else held
+        whole, part = answered
+        return cls(
+            modules=held,
+            places={place: path for place, path in places.items() if path in held},
+            example=example,
+            answers=whole,
+            recorded=part,
+            lattices=lattices(model),
+            cached=cached(model),
+            kept=kept,
+        )
 
     def _places(self, path: str) -> tuple[str, ...]:
         return tuple(place for place, first in self.places.items() if first == path)

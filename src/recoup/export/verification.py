@@ -49,7 +49,7 @@ class Verification:
         return all(check.outcome != "different" for check in self.checks)
 
     def __str__(self) -> str:
-        rows = [f"{check.what:<10}{check.outcome:<13}{check.found}" for check in self.checks]
+        rows = [f"{check.what:<11}{check.outcome:<13}{check.found}" for check in self.checks]
         return "\n".join([f"{self.folder}: {self.written}", *rows, f"{self.folder} is {self._verdict()}"])
 
     def _verdict(self) -> str:

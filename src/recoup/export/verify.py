@@ -28,8 +28,8 @@ def verify(folder: str | Path, *, model: str | Path | None = None) -> Verificati
 
     The sums of all files; the codes and scales decoded from their bytes, by their digests, of exactly the
     modules that were quantized; the scales of keys and values; every module and every cache in the engine,
-    within its bound of the same one made again from its codes; and the engine's outputs for the batch that
-    was recorded, against the trained model's.
+    within its bound of the same one made again from its codes; the engine's outputs for the batch that was
+    recorded, against the trained model's; and, of a file that decodes, the words it says after that batch.
 
     A folder that another tool wrote (compressed-tensors, GPTQ, AWQ, AutoRound, ModelOpt) has nothing
     recorded: it is decoded, and compared with the float model.
@@ -178,6 +178,7 @@ def _engine(
         example=batch,
         answers=answers,
         recorded=answers,
+        generation=artefact.generation_of(found, tensors),
         lattices={
             path: quantizer(path, spec, columns=None, state=artefact.state_of("lattice", path, tensors))
             for path, spec in found.lattices.items()
@@ -197,7 +198,10 @@ def _engine(
     if parity.divergence is not None and parity.same_word is not None:
         outputs += f"; next words {parity.divergence:.1e} nats apart, {parity.same_word:.0%} the same"
     checks = [within, Check(what="outputs", outcome="same", found=outputs)]
-    if getattr(target.load(folder), "presents", None):
+    if parity.decoded is not None:
+        said = f"{parity.decoded} words, each after its past; {parity.ties} are another as likely"
+        checks.append(Check(what="generation", outcome="same", found=said))
+    elif getattr(target.load(folder), "presents", None):
         checks.append(not_checked("generation", "the words that the trained model said are not recorded"))
     return parity, checks
 

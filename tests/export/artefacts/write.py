@@ -1,16 +1,18 @@
 """Write the golden folders of a format, with the code of the version that has it.
 
     PYTHONPATH=src python -m tests.export.artefacts.write 1
+    PYTHONPATH=src python -m tests.export.artefacts.write 1 onnx-decoding
 
-For every target a small model, and beside its folder a file with a batch, the engine's answers to it, and
-how far another processor's may be from them. They stay as they are: whoever raises `FORMAT` adds a folder
-with the new number, and a migration that reads the old ones. Format 0 was written at 49f3294, before there
-was artefact.json.
+For every target a small model, for what only some artefacts have another, and beside its folder a file with
+a batch (`ids`), the engine's answers to it, and how far another processor's may be from them. They stay as
+they are: whoever raises `FORMAT` adds a folder with the new number, and a migration that reads the old ones.
+Format 0 was written at 49f3294, before there was artefact.json.
 """
 
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,32 @@ class Two(nn.Module):
         return self.integers(self.table(ids))
 
 
-def llama(words: int = 24) -> nn.Module:
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(torch.relu(self.first(x)))
+
+
+class Image(nn.Module):
+    """Convolutions and a sum, which can all be computed in codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.last = nn.Conv2d(2, 4, 3, padding=1), Block(), nn.Conv2d(4, 3, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(self.block(self.stem(image))).mean(dim=(2, 3))
+
+
+def llama(words: int = 24, *, width: int = 64, decodes: bool = False) -> nn.Module:
     config = LlamaConfig(
         vocab_size=words,
-        hidden_size=64,
+        hidden_size=width,
         intermediate_size=96,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -68,36 +92,75 @@ def llama(words: int = 24) -> nn.Module:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        use_cache=False,
+        use_cache=decodes,
     )
     return LlamaForCausalLM(config).eval()
 
 
-_RULES = {"table": "w4a16", "along": "w8a8-static", "integers": "w8a8", "head": "none"}
-MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, str]]] = {
-    "onnx": (Layers, "w4a16", _RULES),
-    "onnx-qdq": (Layers, "w4a16", _RULES),
-    "pytorch": (Two, "w4a16", {"table": "w4a16", "integers": "w8a8"}),
-    "compressed-tensors": (llama, "w4a16", {}),
-    "gguf": (llama, "q4_0", {}),
-}
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """A folder of every format.
+
+    Args:
+        batch: the name of the model's input.
+        recipe: what is quantized.
+        since: the first format that it has been written in.
+        checks: what is verified of it beyond files, codes, modules and outputs.
+    """
+
+    target: str
+    make: Callable[[], nn.Module]
+    batch: str
+    recipe: dict[str, Any]
+    since: int = 0
+    checks: tuple[str, ...] = ()
 
 
-def write(target: str, folder: Path) -> None:
+def _mixed(scheme: str, **rules: str) -> dict[str, Any]:
+    return {"scheme": scheme, "rules": [{"match": path, "scheme": name} for path, name in rules.items()]}
+
+
+_LAYERS = _mixed("w4a16", table="w4a16", along="w8a8-static", integers="w8a8", head="none")
+MODELS = {
+    "onnx": Golden(target="onnx", make=Layers, batch="ids", recipe=_LAYERS),
+    "onnx-decoding": Golden(
+        target="onnx", make=lambda: llama(width=32, decodes=True), batch="input_ids",
+        recipe=_mixed("w4a16"), since=1, checks=("generation",),
+    ),
+    "onnx-integers": Golden(
+        target="onnx", make=Image, batch="image", since=1,
+        recipe={"scheme": "w7a8-ort-static", "outputs": ["stem", "block", "block.second", "last"]},
+    ),
+    "onnx-qdq": Golden(target="onnx-qdq", make=Layers, batch="ids", recipe=_LAYERS),
+    "pytorch": Golden(
+        target="pytorch", make=Two, batch="ids", recipe=_mixed("w4a16", table="w4a16", integers="w8a8")
+    ),
+    "compressed-tensors": Golden(
+        target="compressed-tensors", make=llama, batch="input_ids", recipe=_mixed("w4a16")
+    ),
+    "compressed-tensors-kv": Golden(
+        target="compressed-tensors", make=lambda: llama(width=32), batch="input_ids",
+        recipe={"scheme": "fp8", "kv": "fp8"}, since=1, checks=("cache",),
+    ),
+    "gguf": Golden(target="gguf", make=llama, batch="input_ids", recipe=_mixed("q4_0")),
+}  # fmt: skip
+
+
+def write(golden: Golden, folder: Path) -> None:
     torch.manual_seed(0)
-    make, scheme, rules = MODELS[target]
-    model, ids = make(), torch.randint(3, 16, (2, 6))
-    recipe = {"scheme": scheme, "rules": [{"match": path, "scheme": name} for path, name in rules.items()]}
-    batch: Any = {"input_ids": ids} if make is llama else {"ids": ids}
-    calibrate(prepare(model, resolve(model, Recipe.model_validate(recipe))), [batch])
+    target, model = TARGETS[golden.target], golden.make()
+    ids = torch.randn(2, 2, 6, 6) if golden.batch == "image" else torch.randint(3, 16, (2, 6))
+    batch: Any = {golden.batch: ids}
+    prepare(model, resolve(model, Recipe.model_validate(golden.recipe)))
+    target.settle(calibrate(model, [batch]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the artefact has no tokenizer")
-        export(model, folder, target, example=batch)
+        export(model, folder, golden.target, example=batch)
     converted = convert(model).eval()
     with torch.no_grad(), quantization_off(converted):
         plain = logits(call(converted, batch))
     with torch.no_grad():
-        trained, answers = logits(call(converted, batch)), logits(call(TARGETS[target].load(folder), batch))
+        trained, answers = logits(call(converted, batch)), logits(call(target.load(folder), batch))
     # Rounding may flip the code of an input; then two runs are as far apart as quantizing inputs takes them.
     allowed = _ROUNDING + 2 * float((trained - plain).norm() / plain.norm())
     found = {"ids": ids, "answers": answers.contiguous(), "allowed": torch.tensor(allowed)}
@@ -109,5 +172,6 @@ def logits(outputs: Any) -> Tensor:
 
 
 if __name__ == "__main__":
-    for target in MODELS:
-        write(target, HERE / f"format-{int(sys.argv[1])}" / target)
+    number, *names = sys.argv[1:]
+    for name in names or MODELS:
+        write(MODELS[name], HERE / f"format-{int(number)}" / name)
