@@ -273,3 +273,23 @@ def test_a_module_that_stands_at_two_places_is_stored_once_and_every_call_proven
     (modules,) = (json.loads(e.value) for e in made.file.metadata_props if e.key == "recoup.modules")
     assert [values["input"] for values in modules.values()] == ["x", "tanh"]
     assert made.converted.first is made.converted.later[0]
+
+
+class Namesake(nn.Module):
+    """An output has the name that another value gets by its operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        inside = torch.tanh(x)
+        return {"tanh": self.layer(inside), "add": inside + 1}
+
+
+def test_an_output_may_have_the_name_of_an_operation_inside(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = exported(ready(Namesake(), {}, torch.randn(4, 64)), tmp_path / "out", torch.randn(3, 64))
+    assert [output.name for output in made.file.graph.output] == ["tanh", "add"]
+    names = [name for node in made.file.graph.node for name in node.output]
+    assert len(names) == len(set(names))

@@ -201,6 +201,10 @@ def _trace(model: nn.Module, form: Traced, opset: int) -> Any:
     graph = program.model.graph
     for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix(form.prefix)
+    outside = {value.name for value in (*graph.inputs, *graph.outputs)}
+    for value in [value for node in graph.all_nodes() for value in node.outputs]:
+        if value.name in outside and not value.is_graph_output():  # an output got the name of an operation
+            value.name = f"inside.{value.name}"
     for node in graph.all_nodes():  # where in whose files it was traced: kilobytes for every node
         scopes = node.metadata_props.get(SCOPES)
         node.metadata_props.clear()
