@@ -25,6 +25,7 @@ from recoup.nn import (
 )
 from recoup.numerics import QuantSpec, kernels, per_tensor
 from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
+from recoup.schemes.parse import parse
 
 _log = logging.getLogger("recoup")
 # The last layer, by the names that libraries give it: most sensitive, and least worth quantizing.
@@ -60,7 +61,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     {'0': 'w4a16'}
     """
     if not isinstance(recipe, Recipe):
-        recipe = Recipe.model_validate({"scheme": recipe})
+        recipe = parse(Recipe, {"scheme": recipe}, "resolve")
     if any(isinstance(module, (FakeQuantizer, Codes)) for module in model.modules()):
         raise ValueError("the model is prepared already; resolve looks at the float model")
     _every_rule_matches(model, recipe.rules)

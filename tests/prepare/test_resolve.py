@@ -1,6 +1,7 @@
 """Every parameter is accounted for before anything is touched; `explain` prints the account."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,16 @@ def test_a_large_parameter_is_never_left_out_silently_and_the_advice_keeps_it(
     assert len(plan.modules) == 1
     assert all(name in plan.kept or name.endswith("weight") for name, _ in model.named_parameters())
     assert f"rule {rules[0][0]!r}" in plan.kept.values()
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("w4a61", "no scheme 'w4a61'; did you mean 'w4a16'?"), (4, "4")]
+)
+def test_a_scheme_that_is_none_is_one_line(asked: Any, found: str) -> None:
+    with pytest.raises(ValueError, match=r"^resolve: scheme: ") as error:
+        resolve(nn.Sequential(nn.Linear(32, 4)), asked)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_many_large_parameters_make_a_short_message() -> None:
