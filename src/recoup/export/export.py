@@ -22,6 +22,7 @@ from recoup.export.targets import usable
 from recoup.nn import (
     CODED_MODULES,
     Batch,
+    CodedExperts,
     cache_quantizers,
     cut,
     is_coded,
@@ -76,6 +77,7 @@ def preflight(
         assert prepared is not None
         modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
     there = usable(target)
+    _one_weight_each(modules, target)
     there.check(model, modules)
     for path, spec in plan.outputs.items():
         there.output(path, spec)
@@ -143,7 +145,9 @@ def export(
     example = cut(example, _samples(example))
     with torch.no_grad():
         coded = converted_copy(model)
-    writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
+    modules = {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)}
+    _one_weight_each(modules, target)
+    writer.check(coded, modules)
     for path, quantizer in output_quantizers(coded).items():
         writer.output(path, quantizer.spec)
     for key, _ in cache_quantizers(coded).values():
@@ -167,6 +171,20 @@ def export(
     if not complete:
         warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=2)
     return parity
+
+
+def _one_weight_each(modules: Mapping[str, tuple[Scheme, type]], target: str) -> None:
+    """Refuse what no target writes.
+
+    Raises:
+        ValueError: a layer of experts is quantized.
+    """
+    for path, (_, kind) in modules.items():
+        if kind is CodedExperts:
+            raise ValueError(
+                f"{path}: {target} files do not hold layers of experts yet; keep it in float with "
+                f"{{match: {path}, scheme: none}}"
+            )
 
 
 @contextmanager

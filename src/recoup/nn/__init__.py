@@ -13,13 +13,16 @@ from recoup.nn.coded import (
     CodedConv1d,
     CodedConv2d,
     CodedEmbedding,
+    CodedExperts,
     CodedLinear,
     CodedModule,
     Codes,
     is_coded,
 )
 from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.experts import QuantExperts, routers
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
+from recoup.nn.fits import check_shape
 from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
 from recoup.nn.modules import (
@@ -31,7 +34,15 @@ from recoup.nn.modules import (
     quant_type,
 )
 from recoup.nn.output import OUTPUT, output_quantizer_of, output_quantizers, quantize_output
-from recoup.nn.twin import QuantModule
+from recoup.nn.twin import (
+    OneWeight,
+    QuantModule,
+    SeveralWeights,
+    Weight,
+    quantizers_of,
+    weight_names,
+    weight_of,
+)
 
 __all__ = [
     "CODED_MODULES",
@@ -43,20 +54,26 @@ __all__ = [
     "CodedConv1d",
     "CodedConv2d",
     "CodedEmbedding",
+    "CodedExperts",
     "CodedLinear",
     "CodedModule",
     "Codes",
     "FakeQuantizer",
     "NonFiniteError",
+    "OneWeight",
     "QuantConv1D",
     "QuantConv1d",
     "QuantConv2d",
     "QuantEmbedding",
+    "QuantExperts",
     "QuantLinear",
     "QuantModule",
+    "SeveralWeights",
+    "Weight",
     "cache_quantizers",
     "caching",
     "call",
+    "check_shape",
     "cut",
     "device_of",
     "evaluating",
@@ -70,7 +87,11 @@ __all__ = [
     "quantization_off",
     "quantize_cache",
     "quantize_output",
+    "quantizers_of",
+    "routers",
     "seen_bias",
     "size_of",
+    "weight_names",
+    "weight_of",
     "without_labels",
 ]

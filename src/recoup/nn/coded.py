@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.experts import Experts, QuantExperts
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
 from recoup.nn.integer_bias import coded_bias
 from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
-from recoup.nn.twin import QuantModule
+from recoup.nn.twin import QuantModule, quantizers_of, weight_of
 from recoup.numerics import QParams, QuantSpec, dequantize, quantize
 from recoup.schemes import Scheme
 
@@ -53,11 +54,12 @@ class Codes(LatticeState):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, prepared: QuantModule) -> Self:
-        """Those of a prepared module: its weight as fake quantization rounds it."""
-        weight, spec = prepared.matrix(prepared), prepared.scheme.weights
-        qparams = prepared.weight_quantizer.qparams(weight)
-        return cls(quantize(weight, qparams, spec), qparams, spec, weight.dtype)
+    def of(cls, prepared: QuantModule, name: str = "weight") -> Self:
+        """Those of a prepared module: its weight of that name as fake quantization rounds it."""
+        weight = weight_of(type(prepared), prepared, name).matrix
+        quantizer = quantizers_of(prepared)[name]
+        qparams = quantizer.qparams(weight)
+        return cls(quantize(weight, qparams, quantizer.spec), qparams, quantizer.spec, weight.dtype)
 
     @property
     def qparams(self) -> QParams:
@@ -76,7 +78,7 @@ class Codes(LatticeState):
 
 
 class CodedModule(Protocol):
-    """What exporters know of a converted module."""
+    """What exporters know of a converted module; one whose codes have other names they refuse."""
 
     scheme: Scheme
     weight: Codes
@@ -169,12 +171,35 @@ class CodedEmbedding(nn.Module):
         return F.embedding(input, self.weight.decode())
 
 
+class CodedExperts(Experts):
+    """The same with decoded matrices; codes have the names of the Parameters."""
+
+    def __init__(self, prepared: QuantExperts) -> None:
+        super().__init__()
+        vars(self).update({name: value for name, value in vars(prepared).items() if name not in vars(self)})
+        weights = quantizers_of(prepared)
+        for name, child in prepared.named_children():
+            if child not in weights.values():
+                self.add_module(name, child)
+        for name, parameter in prepared.named_parameters(recurse=False):
+            if name not in weights:
+                self.register_parameter(name, parameter)
+        for name in weights:
+            self.add_module(name, Codes.of(prepared, name))
+
+    def matrices(self, name: str) -> Tensor:
+        """The rounded matrices of this name, (experts, out, in)."""
+        codes: Codes = getattr(self, name)
+        return codes.decode().unflatten(0, (self.num_experts, -1))
+
+
 CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantLinear: CodedLinear,
     QuantConv1d: CodedConv1d,
     QuantConv2d: CodedConv2d,
     QuantEmbedding: CodedEmbedding,
     QuantConv1D: CodedConv1D,
+    QuantExperts: CodedExperts,
 }
 
 

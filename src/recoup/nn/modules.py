@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.experts import QuantExperts, is_experts
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.fused import fused_linear, fuses
 from recoup.nn.integer_bias import seen_bias
@@ -158,17 +159,18 @@ def is_prepared(module: nn.Module) -> TypeGuard[QuantModule]:
 
     Not isinstance of the protocol: from Python 3.12 on that does not see Parameters.
     """
-    return type(module) in QUANT_MODULES.values()
+    return type(module) in (*QUANT_MODULES.values(), QuantExperts)
 
 
 def quant_type(module: nn.Module) -> type[QuantModule] | None:
     """The twin's type for exactly this type of module, with a weight of its own.
 
     Subclasses are excluded: they may compute anything. So are weights that are computed from other
-    parameters, as by weight_norm and pruning.
+    parameters, as by weight_norm and pruning. Layers of experts have a type for each model, and are known by
+    the decorator that computes all of them.
     """
     for name, twin in QUANT_MODULES.items():
         package, _, attribute = name.rpartition(".")
         if type(module) is getattr(sys.modules.get(package), attribute, None):
             return twin if isinstance(module.weight, nn.Parameter) else None
-    return None
+    return QuantExperts if is_experts(module) else None
