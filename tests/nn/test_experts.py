@@ -368,7 +368,7 @@ def test_a_norm_of_every_experts_output_is_applied() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_refuses_experts_before_any_work(target: str, tmp_path: Any) -> None:
     message = (
-        rf"^experts: {target} files do not hold layers of experts yet; keep it in float with \{{match: exp"
+        rf"^experts: {target} files do not hold quantized Experts yet; keep it in float with \{{match: exp"
     )
     layer, batch = layer_of(), routed()
     plan = resolve(layer, "w8a8")

@@ -48,9 +48,9 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     """Move linear layers' weights so that rounding costs their outputs less; in place, returns the model.
 
     Scales of groups are chosen anew, by least squared error, when their columns are reached; scales of whole
-    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings, experts, weights that
-    several modules share and layers that a pass runs more than once stay as they are. The float model is
-    lost: copy a teacher before.
+    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings, experts, LSTMs, GRUs,
+    weights that several modules share and layers that a pass runs more than once stay as they are. The float
+    model is lost: copy a teacher before.
 
     Args:
         model: prepared and calibrated.

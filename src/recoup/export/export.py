@@ -23,6 +23,8 @@ from recoup.nn import (
     CODED_MODULES,
     Batch,
     CodedExperts,
+    CodedGRU,
+    CodedLSTM,
     cache_quantizers,
     cut,
     is_coded,
@@ -177,12 +179,13 @@ def _one_weight_each(modules: Mapping[str, tuple[Scheme, type]], target: str) ->
     """Refuse what no target writes.
 
     Raises:
-        ValueError: a layer of experts is quantized.
+        ValueError: a layer of experts, an LSTM or a GRU is quantized.
     """
     for path, (_, kind) in modules.items():
-        if kind is CodedExperts:
+        if kind in (CodedExperts, CodedLSTM, CodedGRU):
+            what = kind.__name__.removeprefix("Coded")
             raise ValueError(
-                f"{path}: {target} files do not hold layers of experts yet; keep it in float with "
+                f"{path}: {target} files do not hold quantized {what} yet; keep it in float with "
                 f"{{match: {path}, scheme: none}}"
             )
 

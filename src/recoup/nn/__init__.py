@@ -1,8 +1,8 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
-`fake_quantizer.py` is one tensor, `modules.py` and `conv.py` the prepared modules (`twin.py` is what they
-have in common), `output.py` the output of any module, `coded.py` the converted ones, `kv_cache.py` what
-attention keeps, `call.py` how a model is called.
+`fake_quantizer.py` is one tensor, `modules.py`, `conv.py`, `experts.py` and `recurrent.py` the prepared
+modules (`twin.py` is what they have in common, `fits.py` what they refuse), `output.py` the output of any
+module, `coded.py` the converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is called.
 """
 
 from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
@@ -14,7 +14,9 @@ from recoup.nn.coded import (
     CodedConv2d,
     CodedEmbedding,
     CodedExperts,
+    CodedGRU,
     CodedLinear,
+    CodedLSTM,
     CodedModule,
     Codes,
     is_coded,
@@ -34,6 +36,7 @@ from recoup.nn.modules import (
     quant_type,
 )
 from recoup.nn.output import OUTPUT, output_quantizer_of, output_quantizers, quantize_output
+from recoup.nn.recurrent import QuantGRU, QuantLSTM
 from recoup.nn.twin import (
     OneWeight,
     QuantModule,
@@ -55,6 +58,8 @@ __all__ = [
     "CodedConv2d",
     "CodedEmbedding",
     "CodedExperts",
+    "CodedGRU",
+    "CodedLSTM",
     "CodedLinear",
     "CodedModule",
     "Codes",
@@ -66,6 +71,8 @@ __all__ = [
     "QuantConv2d",
     "QuantEmbedding",
     "QuantExperts",
+    "QuantGRU",
+    "QuantLSTM",
     "QuantLinear",
     "QuantModule",
     "SeveralWeights",

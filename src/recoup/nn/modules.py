@@ -15,7 +15,8 @@ from recoup.nn.experts import QuantExperts, is_experts
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.fused import fused_linear, fuses
 from recoup.nn.integer_bias import seen_bias
-from recoup.nn.twin import Inputs, QuantModule, adopt, input_quantizer, weight_quantizer
+from recoup.nn.recurrent import QuantGRU, QuantLSTM
+from recoup.nn.twin import Inputs, QuantModule, adopt, input_quantizer, weight_names, weight_quantizer
 from recoup.schemes import Scheme
 
 
@@ -150,6 +151,8 @@ QUANT_MODULES: dict[str, type[QuantModule]] = {
     "torch.nn.Conv1d": QuantConv1d,
     "torch.nn.Conv2d": QuantConv2d,
     "torch.nn.Embedding": QuantEmbedding,
+    "torch.nn.LSTM": QuantLSTM,
+    "torch.nn.GRU": QuantGRU,
     "transformers.pytorch_utils.Conv1D": QuantConv1D,
 }
 
@@ -172,5 +175,8 @@ def quant_type(module: nn.Module) -> type[QuantModule] | None:
     for name, twin in QUANT_MODULES.items():
         package, _, attribute = name.rpartition(".")
         if type(module) is getattr(sys.modules.get(package), attribute, None):
-            return twin if isinstance(module.weight, nn.Parameter) else None
+            own = (
+                isinstance(getattr(module, leaf, None), nn.Parameter) for leaf in weight_names(twin, module)
+            )
+            return twin if all(own) else None
     return QuantExperts if is_experts(module) else None
