@@ -19,6 +19,7 @@ from recoup.nn import (
     QuantModule,
     caching,
     check_shape,
+    check_surroundings,
     device_of,
     is_prepared,
     quant_type,
@@ -126,7 +127,7 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
             or compiled kernels are asked where they cannot be made; the model is then as it was.
     """
     modules = dict(model.named_modules())
-    _no_fast_path(modules, plan)
+    check_surroundings(modules, plan)
     chosen = _chosen(impl, [modules[name] for name in plan.modules if name in modules])
     for name in plan.outputs:
         if name not in modules:
@@ -357,21 +358,6 @@ def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
             f"{len(left_out)} large parameters would stay in float: {'; '.join(_first(left_out, 3))}. "
             f"Keep them knowingly with rules such as {{match: {module}, scheme: none}}"
         )
-
-
-def _no_fast_path(modules: dict[str, nn.Module], plan: Plan) -> None:
-    """Without gradients, torch's encoder layer hands the weights of its Linears to one kernel of its own."""
-    for name, module in modules.items():
-        within = [quantized for quantized in plan.modules if quantized.startswith(f"{name}.")]
-        if (
-            isinstance(module, nn.TransformerEncoderLayer)
-            and within
-            and torch.backends.mha.get_fastpath_enabled()
-        ):
-            raise ValueError(
-                f"{name}: nn.TransformerEncoderLayer runs {within[0]} with its float weight in evaluation; "
-                "call torch.backends.mha.set_fastpath_enabled(False) first"
-            )
 
 
 def _first(items: list[str], count: int) -> Iterator[str]:

@@ -310,6 +310,19 @@ def test_experts_on_other_devices_are_refused() -> None:
     )
 
 
+def test_a_block_whose_forward_was_replaced_may_not_ask_its_experts() -> None:
+    model = mixture()
+    block = model.model.layers[0].mlp
+    block.forward = block.forward  # an attribute of the instance now, as kernels are put there
+    message = (
+        r"^model\.layers\.0\.mlp: its forward was replaced on the instance, as use_kernels=True does, and "
+        r"may compute with the float weights of model\.layers\.0\.mlp\.experts; load the model without it$"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(model, resolve(model, "w8a16"))
+    prepare(model, resolve(model, recipe("w8a16", ("*.experts", "none"))))
+
+
 def test_integer_biases_are_refused() -> None:
     refused(
         layer_of("gpt-oss, transposed"),
@@ -330,6 +343,27 @@ def test_a_forward_of_ones_own_is_refused() -> None:
     refused(
         other, "w8a16", r"large parameters would stay in float: experts\.gate_up_proj .*no quantized form of"
     )
+
+
+def test_what_the_decorator_did_not_initialize_is_refused() -> None:
+    layer = layer_of()
+    del layer.experts.is_transposed
+    refused(
+        layer, "w8a16", r"large parameters would stay in float: experts\.gate_up_proj .*no quantized form of"
+    )
+
+
+def test_a_model_in_bfloat16_is_quantized_as_one_in_float32_is() -> None:
+    layer = layer_of().to(torch.bfloat16)
+    x, index, weights = routed()
+    batch = x.to(torch.bfloat16), index, weights  # models weigh in float32
+    layer.experts.config._experts_implementation = "eager"
+    expected, layer = layer(*batch), ready(layer, "w8a8", batch)
+    assert layer(*batch).dtype == torch.bfloat16
+    assert torch.equal(convert(copy.deepcopy(layer))(*batch), layer(*batch))
+    for quantizer in quantizers_of(layer.experts).values():
+        quantizer.enabled = False  # and inputs go on
+    torch.testing.assert_close(layer(*batch), expected, rtol=0, atol=0.1)
 
 
 def test_a_gate_of_ones_own_is_used() -> None:

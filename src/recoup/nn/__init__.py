@@ -24,7 +24,7 @@ from recoup.nn.coded import (
 from recoup.nn.conv import QuantConv1d, QuantConv2d
 from recoup.nn.experts import QuantExperts, routers
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
-from recoup.nn.fits import check_shape
+from recoup.nn.fits import check_shape, check_surroundings
 from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
 from recoup.nn.modules import (
@@ -81,6 +81,7 @@ __all__ = [
     "caching",
     "call",
     "check_shape",
+    "check_surroundings",
     "cut",
     "device_of",
     "evaluating",

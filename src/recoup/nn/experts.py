@@ -22,6 +22,15 @@ from recoup.schemes import Scheme
 # What chooses experts, as models call it beside their `experts`.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
+_MARKS = {
+    "has_gate",
+    "has_bias",
+    "has_post_expert_norm",
+    "is_transposed",
+    "_is_expert_parallel",
+    "num_experts",
+}
+
 
 class Experts(nn.Module):
     """y_t = sum over the experts e of token t of p_te (D_e h + d_e), h = gate(U_e x_t + u_e).
@@ -156,7 +165,8 @@ class QuantExperts(Experts):
 def is_experts(module: nn.Module) -> bool:
     """Is the forward of its type the one that transformers' `use_experts_implementation` puts in its place?
 
-    A subclass with a forward of its own is not: it may compute anything.
+    And has it the attributes that the decorator sets? A subclass with a forward of its own is not: it may
+    compute anything.
     """
     forward: Any = type(module).forward
     decorator = sys.modules.get("transformers.integrations.moe")
@@ -164,6 +174,7 @@ def is_experts(module: nn.Module) -> bool:
         decorator is not None
         and hasattr(forward, "__wrapped__")
         and getattr(forward, "__globals__", None) is vars(decorator)
+        and _MARKS.issubset(vars(module))
     )
 
 
