@@ -3,7 +3,15 @@
 import torch
 from torch import nn
 
-from recoup.nn import CODED_MODULES, OUTPUT, Codes, FakeQuantizer, is_prepared, output_quantizer_of
+from recoup.nn import (
+    CODED_MODULES,
+    OUTPUT,
+    Codes,
+    FakeQuantizer,
+    is_prepared,
+    output_quantizer_of,
+    quantizers_of,
+)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -32,8 +40,11 @@ def convert(model: nn.Module) -> nn.Module:
                 f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) first"
             )
     for name, module in model.named_modules():
-        if is_prepared(module) and not torch.isfinite(module.weight).all():
-            raise ValueError(f"{name}.weight: holds values that are not finite; training went wrong before")
+        for leaf in quantizers_of(module) if is_prepared(module) else ():
+            if not torch.isfinite(getattr(module, leaf)).all():
+                raise ValueError(
+                    f"{name}.{leaf}: holds values that are not finite; training went wrong before"
+                )
     coded = {
         module: CODED_MODULES[type(module)](module)
         for module in model.modules()
@@ -43,7 +54,8 @@ def convert(model: nn.Module) -> nn.Module:
         raise ValueError("nothing to convert: the model has no prepared modules; run recoup.prepare first")
     shared: dict[object, Codes] = {}
     for module, twin in coded.items():  # tied weights have one quantizer, and get one set of codes
-        twin.weight = shared.setdefault(module.weight_quantizer, twin.weight)
+        for name, quantizer in quantizers_of(module).items():
+            setattr(twin, name, shared.setdefault(quantizer, getattr(twin, name)))
     for module, twin in coded.items():
         output = output_quantizer_of(module)
         if output is not None:

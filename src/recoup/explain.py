@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from torch import Tensor, nn
+from torch import nn
 
-from recoup.nn import quant_type
+from recoup.nn import quant_type, weight_names, weight_of
 from recoup.schemes import Plan
 
 _KERNEL = 6  # the place of this column
@@ -101,9 +101,10 @@ def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = No
         module, _, leaf = path.rpartition(".")
         bits, scheme, reason = 8.0 * parameter.element_size(), "float", plan.kept.get(path, "")
         kernel = ""
-        if leaf == "weight" and module in plan.modules:
-            matrix = _matrix(model.get_submodule(module))
-            bits, scheme = plan[module].bits_per_weight(*matrix.shape), plan.modules[module]
+        owner, kind = model.get_submodule(module), quant_type(model.get_submodule(module))
+        if module in plan.modules and kind is not None and leaf in weight_names(kind, owner):
+            shape = weight_of(kind, owner, leaf).shape
+            bits, scheme = plan[module].bits_per_weight(*shape), plan.modules[module]
             kernel = (kernels or {}).get(module, "")
         elif leaf == "bias" and module in plan.modules and plan[module].integer_bias:
             bits, scheme, reason = 32.0, plan.modules[module], "bias: int32 steps of the products"
@@ -117,12 +118,6 @@ def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = No
     outputs = {name: str(spec) for name, spec in plan.outputs.items()}
     cache = "" if plan.kv is None else f"KV cache of {len(plan.caches)} attention layers: {plan.kv}"
     return Explanation(rows=rows, outputs=outputs, cache=cache)
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    kind = quant_type(module)
-    assert kind is not None, "resolve gives a scheme only to modules with a quantized form"
-    return kind.matrix(module)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from recoup.nn import (
     Codes,
     FakeQuantizer,
+    QuantModule,
     caching,
+    check_shape,
+    check_surroundings,
     device_of,
     is_prepared,
     quant_type,
     quantize_cache,
     quantize_output,
+    quantizers_of,
+    routers,
+    weight_names,
+    weight_of,
 )
 from recoup.numerics import QuantSpec, kernels, per_tensor
 from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
@@ -39,8 +46,8 @@ LARGE = 0.01
 def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     """Decide for every parameter what becomes of it.
 
-    In this order: the first rule that matches decides; tied parameters, heads, embeddings and norms are
-    kept; every other module with a quantized form gets the recipe's scheme. A rule matches a module by
+    In this order: the first rule that matches decides; tied parameters, heads, routers, embeddings and norms
+    are kept; every other module with a quantized form gets the recipe's scheme. A rule matches a module by
     its name or by that of a module around it; the model itself has no name, so its own parameters are
     matched by theirs. Modules that share one weight share its numbers: rules quantize all of them, with the
     same weights and whatever inputs, or none. Never changes the model.
@@ -69,14 +76,14 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     schemes: dict[str, Scheme] = {}
     modules: dict[str, str] = {}
     kept: dict[str, str] = {}
-    tied = _tied(model)
+    tied, choosing = _tied(model), routers(model)
     for name, module in model.named_modules():
         for parameter, _ in module.named_parameters(recurse=False):
             path = f"{name}.{parameter}".lstrip(".")
-            decision = _decide(name or parameter, module, recipe, tied)
+            decision = _decide(name or parameter, module, recipe, tied, choosing)
             if isinstance(decision, str):
                 kept[path] = decision
-            elif parameter != "weight":
+            elif parameter not in _leaves(module):
                 kept[path] = "bias"
             else:
                 check_shape(name, module, decision)
@@ -121,7 +128,7 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
             or compiled kernels are asked where they cannot be made; the model is then as it was.
     """
     modules = dict(model.named_modules())
-    _no_fast_path(modules, plan)
+    check_surroundings(modules, plan)
     chosen = _chosen(impl, [modules[name] for name in plan.modules if name in modules])
     for name in plan.outputs:
         if name not in modules:
@@ -140,7 +147,9 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
         check_shape(name, module, plan[name])
         prepared = twins[module] = twin.from_float(module, plan[name], name)
         assert is_prepared(prepared)
-        prepared.weight_quantizer = quantizers.setdefault(prepared.weight, prepared.weight_quantizer)
+        for leaf, quantizer in quantizers_of(prepared).items():
+            shared = quantizers.setdefault(getattr(prepared, leaf), quantizer)
+            setattr(prepared, f"{leaf}_quantizer", shared)
     _tied_weights_are_alike(model, plan)
     if plan.kv is not None and (missing := set(plan.caches) - set(caching(model))):
         raise ValueError(
@@ -166,7 +175,8 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
 
 def _chosen(asked: kernels.Choice, modules: list[nn.Module]) -> kernels.Impl:
     """The implementation for these modules' weights, logged with the reason."""
-    weights = {weight for module in modules if isinstance(weight := getattr(module, "weight", None), Tensor)}
+    found = (getattr(module, leaf, None) for module in modules for leaf in _leaves(module))
+    weights = {weight for weight in found if isinstance(weight, Tensor)}
     device = next(iter(weights)).device if weights else torch.device("cpu")
     chosen, why = kernels.choose(asked, device, sum(weight.numel() for weight in weights))
     _log.info("fake quantization: %s (%s)", chosen, why)
@@ -196,18 +206,19 @@ def _outputs(model: nn.Module, recipe: Recipe) -> dict[str, QuantSpec]:
     return dict.fromkeys(found, spec)
 
 
-def _decide(name: str, module: nn.Module, recipe: Recipe, tied: dict[str, list[str]]) -> Scheme | str:
+def _decide(
+    name: str, module: nn.Module, recipe: Recipe, tied: dict[str, list[str]], choosing: set[str]
+) -> Scheme | str:
     """The scheme of a module, or the reason why its parameters are kept."""
     kind = quant_type(module)
     rule = next((rule for rule in recipe.rules if _matches(rule, name)), None)
     if rule is not None and rule.scheme is None:
         return f"rule {rule.match!r}"
+    in_router = not choosing.isdisjoint(_with_parents(name))
+    if in_router and (kind is None or rule is None):
+        return "router, kept unless a rule names it" if rule is None else f"router, and {_no_form(module)}"
     if kind is None:
-        return (
-            "norm"
-            if "norm" in type(module).__name__.lower()
-            else f"no quantized form of {_type_name(module)}"
-        )
+        return "norm" if "norm" in type(module).__name__.lower() else _no_form(module)
     if rule is not None and rule.scheme is not None:
         return _with_ranges(rule.scheme, recipe)
     if name in tied:
@@ -226,8 +237,13 @@ def _with_ranges(scheme: Scheme, recipe: Recipe) -> Scheme:
 
 
 def _matches(rule: Rule, name: str) -> bool:
+    return any(fnmatchcase(path, rule.match) for path in _with_parents(name))
+
+
+def _with_parents(name: str) -> list[str]:
+    """The names of the modules around it, outermost first, and its own."""
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), rule.match) for end in range(1, len(parts) + 1))
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
@@ -253,45 +269,18 @@ def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
             )
 
 
-def check_shape(name: str, module: nn.Module, scheme: Scheme) -> None:
-    """Do the shapes of a float module's weight and input take this scheme?
-
-    Raises:
-        ValueError: they do not; names the module.
-    """
-    kind = quant_type(module)
-    assert kind is not None
-    rows, columns = kind.matrix(module).shape
-    inputs = scheme.inputs
-    if inputs is not None and kind.inputs_are == "ids":
-        raise ValueError(
-            f"{name}: {scheme.name!r} quantizes inputs, but an embedding's are ids; use w8a16 or w4a16"
-        )
-    if inputs is not None and kind.inputs_are == "channels" and inputs.granularity != per_tensor:
-        raise ValueError(
-            f"{name}: {scheme.name!r} has input scales per {inputs.granularity}, but a convolution's input "
-            "has one for all; use w8a8-static, w8a8-ort, w8a8-ort-static or a weight-only scheme"
-        )
-    try:
-        scheme.weights.granularity.scale_shape(rows, columns)
-        if inputs is not None and kind.inputs_are == "tokens":
-            inputs.granularity.scale_shape(1, columns)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
 def _tied(model: nn.Module) -> dict[str, list[str]]:
     """For every module whose weight others hold too, under whatever name, those others."""
-    owners: dict[Tensor, list[tuple[str, str]]] = {}
+    owners: dict[Tensor, list[tuple[str, bool]]] = {}
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter, []).append((name or leaf, leaf))
+            owners.setdefault(parameter, []).append((name or leaf, leaf in _leaves(module)))
     return {
         name: [other for other, _ in holders if other != name]
         for holders in owners.values()
         if len(holders) > 1
-        for name, leaf in holders
-        if leaf == "weight"
+        for name, is_weight in holders
+        if is_weight
     }
 
 
@@ -321,8 +310,11 @@ def _scheme_with_the_same_weights(module: nn.Module, scheme: Scheme, other: nn.M
     kind, other_kind = quant_type(module), quant_type(other)
     if kind is None or other_kind is None:
         return None
-    matrix, seen_by_other = kind.matrix(module), other_kind.matrix(other)
-    if (matrix.shape, matrix.stride()) != (seen_by_other.shape, seen_by_other.stride()):
+    views, seen_by_other = (
+        {leaf: (matrix.shape, matrix.stride()) for leaf, matrix in _matrices(*holder)}
+        for holder in ((kind, module), (other_kind, other))
+    )
+    if views != seen_by_other:
         return None
     if scheme.inputs is None or other_kind.inputs_are != "ids":
         return scheme.name
@@ -332,6 +324,17 @@ def _scheme_with_the_same_weights(module: nn.Module, scheme: Scheme, other: nn.M
         if preset.inputs is None and replace(preset.weights, ranges=scheme.weights.ranges) == scheme.weights
     )
     return next(without_inputs, f"one with the weights of {scheme.name} and no inputs")
+
+
+def _leaves(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's weights; without a quantized form, what it would be called."""
+    kind = quant_type(module)
+    return ("weight",) if kind is None else weight_names(kind, module)
+
+
+def _matrices(kind: type[QuantModule], module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for leaf in weight_names(kind, module):
+        yield leaf, weight_of(kind, module, leaf).matrix
 
 
 def _holder(model: nn.Module, name: str) -> nn.Module:
@@ -358,21 +361,6 @@ def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
         )
 
 
-def _no_fast_path(modules: dict[str, nn.Module], plan: Plan) -> None:
-    """Without gradients, torch's encoder layer hands the weights of its Linears to one kernel of its own."""
-    for name, module in modules.items():
-        within = [quantized for quantized in plan.modules if quantized.startswith(f"{name}.")]
-        if (
-            isinstance(module, nn.TransformerEncoderLayer)
-            and within
-            and torch.backends.mha.get_fastpath_enabled()
-        ):
-            raise ValueError(
-                f"{name}: nn.TransformerEncoderLayer runs {within[0]} with its float weight in evaluation; "
-                "call torch.backends.mha.set_fastpath_enabled(False) first"
-            )
-
-
 def _first(items: list[str], count: int) -> Iterator[str]:
     yield from items[:count]
     if len(items) > count:
@@ -381,6 +369,10 @@ def _first(items: list[str], count: int) -> Iterator[str]:
 
 def _reasons(kept: dict[str, str]) -> str:
     return ", ".join(sorted(set(kept.values())))
+
+
+def _no_form(module: nn.Module) -> str:
+    return f"no quantized form of {_type_name(module)}"
 
 
 def _type_name(module: nn.Module) -> str:

@@ -19,7 +19,9 @@ from recoup.nn import (
     make_room,
     moved,
     quantization_off,
+    quantizers_of,
     size_of,
+    weight_of,
     without_labels,
 )
 from recoup.numerics import QuantSpec, per_tensor
@@ -70,7 +72,12 @@ def calibrate(
         )
     model.recoup_example = without_labels(taken[0])  # pyright: ignore[reportArgumentType]
 
-    weights = {module.weight_quantizer: module for module in model.modules() if is_prepared(module)}
+    weights = {
+        quantizer: (module, name)
+        for module in model.modules()
+        if is_prepared(module)
+        for name, quantizer in quantizers_of(module).items()
+    }
     observers: dict[FakeQuantizer, Observer] = {
         quantizer: _observer(observer, quantizer.spec)
         for quantizer in quantizers.values()
@@ -83,11 +90,13 @@ def calibrate(
                 call(model, moved(batch, device_of(model)))
     todo = list(observers.items())
     for quantizer, watching in watched(todo, "choosing ranges"):
-        if quantizer in weights and quantizer.spec.needs_values:  # a range would not say what to choose
-            quantizer.fit(weights[quantizer].matrix(weights[quantizer]))
-            continue
         if quantizer in weights:
-            watching.observe(weights[quantizer].matrix(weights[quantizer]))
+            module, name = weights[quantizer]
+            matrix = weight_of(type(module), module, name).matrix
+            if quantizer.spec.needs_values:  # a range would not say what to choose
+                quantizer.fit(matrix)
+                continue
+            watching.observe(matrix)
         try:
             found_range = watching.range()
         except ValueError as error:

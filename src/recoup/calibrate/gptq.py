@@ -26,6 +26,7 @@ from recoup.calibrate.observers import best_share
 from recoup.nn import (
     Batch,
     FakeQuantizer,
+    OneWeight,
     QuantConv1D,
     QuantLinear,
     call,
@@ -47,9 +48,9 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     """Move linear layers' weights so that rounding costs their outputs less; in place, returns the model.
 
     Scales of groups are chosen anew, by least squared error, when their columns are reached; scales of whole
-    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings, weights that several
-    modules share and layers that a pass runs more than once stay as they are. The float model is lost: copy a
-    teacher before.
+    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings, experts, LSTMs, GRUs,
+    weights that several modules share and layers that a pass runs more than once stay as they are. The float
+    model is lost: copy a teacher before.
 
     Args:
         model: prepared and calibrated.
@@ -155,8 +156,10 @@ def _layers(model: nn.Module) -> dict[nn.Module, str]:
     holders = Counter(parameter for m in model.modules() for parameter in m.parameters(recurse=False))
     layers: dict[nn.Module, str] = {}
     for module in model.modules():
-        if is_prepared(module) and module.inputs_are == "tokens" and holders[cast(Any, module.weight)] == 1:
-            layers[cast(nn.Module, module)] = module.weight_quantizer.path
+        if is_prepared(module) and module.inputs_are == "tokens":
+            linear = cast(OneWeight, module)
+            if holders[cast(Any, linear.weight)] == 1:
+                layers[cast(nn.Module, module)] = linear.weight_quantizer.path
     return layers
 
 

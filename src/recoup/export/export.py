@@ -22,6 +22,9 @@ from recoup.export.targets import usable
 from recoup.nn import (
     CODED_MODULES,
     Batch,
+    CodedExperts,
+    CodedGRU,
+    CodedLSTM,
     cache_quantizers,
     cut,
     is_coded,
@@ -85,6 +88,7 @@ def preflight(
         assert prepared is not None
         modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
     there = usable(target)
+    _one_weight_each(modules, target)
     there.check(model, modules)
     for path, spec in plan.outputs.items():
         there.output(path, spec)
@@ -158,7 +162,9 @@ def export(
     example = cut(example, _samples(example))
     with torch.no_grad():
         coded = converted_copy(model)
-    writer.check(coded, {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)})
+    modules = {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)}
+    _one_weight_each(modules, target)
+    writer.check(coded, modules)
     for path, quantizer in output_quantizers(coded).items():
         writer.output(path, quantizer.spec)
     for key, _ in cache_quantizers(coded).values():
@@ -182,6 +188,21 @@ def export(
     if not complete:
         warnings.warn("the artefact has no tokenizer or image processor; pass processor=", stacklevel=2)
     return parity
+
+
+def _one_weight_each(modules: Mapping[str, tuple[Scheme, type]], target: str) -> None:
+    """Refuse what no target writes.
+
+    Raises:
+        ValueError: a layer of experts, an LSTM or a GRU is quantized.
+    """
+    for path, (_, kind) in modules.items():
+        if kind in (CodedExperts, CodedLSTM, CodedGRU):
+            what = kind.__name__.removeprefix("Coded")
+            raise ValueError(
+                f"{path}: {target} files do not hold quantized {what} yet; keep it in float with "
+                f"{{match: {path}, scheme: none}}"
+            )
 
 
 @contextmanager

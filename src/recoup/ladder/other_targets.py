@@ -21,8 +21,8 @@ from recoup.export import TARGETS, preflight, usable
 from recoup.export.export import writing
 from recoup.ladder.run_folder import RunFolder
 from recoup.ladder.standing import Trial
-from recoup.nn import CODED_MODULES, Batch, quant_type
-from recoup.prepare import check_shape, prepare
+from recoup.nn import CODED_MODULES, Batch, check_shape, quant_type
+from recoup.prepare import prepare
 from recoup.progress import watched
 from recoup.schemes import PRESETS, Plan, Scheme
 from recoup.validate import Cost

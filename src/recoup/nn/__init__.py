@@ -1,8 +1,8 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
-`fake_quantizer.py` is one tensor, `modules.py` and `conv.py` the prepared modules (`twin.py` is what they
-have in common), `output.py` the output of any module, `coded.py` the converted ones, `kv_cache.py` what
-attention keeps, `call.py` how a model is called.
+`fake_quantizer.py` is one tensor, `modules.py`, `conv.py`, `experts.py` and `recurrent.py` the prepared
+modules (`twin.py` is what they have in common, `fits.py` what they refuse), `output.py` the output of any
+module, `coded.py` the converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is called.
 """
 
 from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
@@ -13,13 +13,18 @@ from recoup.nn.coded import (
     CodedConv1d,
     CodedConv2d,
     CodedEmbedding,
+    CodedExperts,
+    CodedGRU,
     CodedLinear,
+    CodedLSTM,
     CodedModule,
     Codes,
     is_coded,
 )
 from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.experts import QuantExperts, routers
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
+from recoup.nn.fits import check_shape, check_surroundings
 from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
 from recoup.nn.modules import (
@@ -31,7 +36,16 @@ from recoup.nn.modules import (
     quant_type,
 )
 from recoup.nn.output import OUTPUT, output_quantizer_of, output_quantizers, quantize_output
-from recoup.nn.twin import QuantModule
+from recoup.nn.recurrent import QuantGRU, QuantLSTM
+from recoup.nn.twin import (
+    OneWeight,
+    QuantModule,
+    SeveralWeights,
+    Weight,
+    quantizers_of,
+    weight_names,
+    weight_of,
+)
 
 __all__ = [
     "CODED_MODULES",
@@ -43,20 +57,31 @@ __all__ = [
     "CodedConv1d",
     "CodedConv2d",
     "CodedEmbedding",
+    "CodedExperts",
+    "CodedGRU",
+    "CodedLSTM",
     "CodedLinear",
     "CodedModule",
     "Codes",
     "FakeQuantizer",
     "NonFiniteError",
+    "OneWeight",
     "QuantConv1D",
     "QuantConv1d",
     "QuantConv2d",
     "QuantEmbedding",
+    "QuantExperts",
+    "QuantGRU",
+    "QuantLSTM",
     "QuantLinear",
     "QuantModule",
+    "SeveralWeights",
+    "Weight",
     "cache_quantizers",
     "caching",
     "call",
+    "check_shape",
+    "check_surroundings",
     "cut",
     "device_of",
     "evaluating",
@@ -70,7 +95,11 @@ __all__ = [
     "quantization_off",
     "quantize_cache",
     "quantize_output",
+    "quantizers_of",
+    "routers",
     "seen_bias",
     "size_of",
+    "weight_names",
+    "weight_of",
     "without_labels",
 ]

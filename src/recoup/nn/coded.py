@@ -4,17 +4,19 @@ Codes lie one to a byte, in the shape of the weight's 2-D view; packing them is 
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, Self, TypeGuard
+from typing import Any, ClassVar, Protocol, Self, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.experts import Experts, QuantExperts
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
 from recoup.nn.integer_bias import coded_bias
 from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
-from recoup.nn.twin import QuantModule
+from recoup.nn.recurrent import QuantGRU, QuantLSTM, QuantRecurrent, Rounded
+from recoup.nn.twin import QuantModule, quantizers_of, weight_of
 from recoup.numerics import QParams, QuantSpec, dequantize, quantize
 from recoup.schemes import Scheme
 
@@ -53,11 +55,12 @@ class Codes(LatticeState):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, prepared: QuantModule) -> Self:
-        """Those of a prepared module: its weight as fake quantization rounds it."""
-        weight, spec = prepared.matrix(prepared), prepared.scheme.weights
-        qparams = prepared.weight_quantizer.qparams(weight)
-        return cls(quantize(weight, qparams, spec), qparams, spec, weight.dtype)
+    def of(cls, prepared: QuantModule, name: str = "weight") -> Self:
+        """Those of a prepared module: its weight of that name as fake quantization rounds it."""
+        weight = weight_of(type(prepared), prepared, name).matrix
+        quantizer = quantizers_of(prepared)[name]
+        qparams = quantizer.qparams(weight)
+        return cls(quantize(weight, qparams, quantizer.spec), qparams, quantizer.spec, weight.dtype)
 
     @property
     def qparams(self) -> QParams:
@@ -76,7 +79,7 @@ class Codes(LatticeState):
 
 
 class CodedModule(Protocol):
-    """What exporters know of a converted module."""
+    """What exporters know of a converted module; one whose codes have other names they refuse."""
 
     scheme: Scheme
     weight: Codes
@@ -169,18 +172,71 @@ class CodedEmbedding(nn.Module):
         return F.embedding(input, self.weight.decode())
 
 
+class CodedExperts(Experts):
+    """The same with decoded matrices; codes have the names of the Parameters."""
+
+    def __init__(self, prepared: QuantExperts) -> None:
+        nn.Module.__init__(self)
+        _take_over(self, prepared)
+
+    def matrices(self, name: str) -> Tensor:
+        """The rounded matrices of this name, (experts, out, in)."""
+        codes: Codes = getattr(self, name)
+        return codes.decode().unflatten(0, (self.num_experts, -1))
+
+
+class CodedRecurrent(Rounded):
+    """Of codes, under the names of the Parameters."""
+
+    scheme: Scheme
+
+    def __init__(self, prepared: QuantRecurrent) -> None:
+        nn.Module.__init__(self)
+        _take_over(self, prepared)
+
+    def rounded(self, name: str) -> Tensor:
+        """The decoded weight; a bias as it is."""
+        stored: Codes | Tensor = getattr(self, name)
+        return stored.decode() if isinstance(stored, Codes) else stored
+
+
+class CodedLSTM(CodedRecurrent, nn.LSTM):
+    """nn.LSTM's equations with decode(codes)."""
+
+
+class CodedGRU(CodedRecurrent, nn.GRU):
+    """nn.GRU's equations with decode(codes)."""
+
+
 CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantLinear: CodedLinear,
     QuantConv1d: CodedConv1d,
     QuantConv2d: CodedConv2d,
     QuantEmbedding: CodedEmbedding,
     QuantConv1D: CodedConv1D,
+    QuantExperts: CodedExperts,
+    QuantLSTM: CodedLSTM,
+    QuantGRU: CodedGRU,
 }
 
 
 def is_coded(module: nn.Module) -> TypeGuard[CodedModule]:
     """A converted module."""
     return type(module) in CODED_MODULES.values()
+
+
+def _take_over(coded: nn.Module, prepared: nn.Module) -> None:
+    """All that a prepared module with several weights has, but codes for its weights and their quantizers."""
+    vars(coded).update({name: value for name, value in vars(prepared).items() if name not in vars(coded)})
+    weights = quantizers_of(prepared)
+    for name, child in prepared.named_children():
+        if child not in weights.values():
+            coded.add_module(name, child)
+    for name, parameter in prepared.named_parameters(recurse=False):
+        if name not in weights:
+            coded.register_parameter(name, parameter)
+    for name in weights:
+        coded.add_module(name, Codes.of(cast(QuantModule, prepared), name))
 
 
 def _bias(prepared: Any, weight: Codes | None) -> tuple[Tensor | None, Tensor | None]:

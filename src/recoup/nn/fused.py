@@ -23,11 +23,14 @@ def fuses(x: Tensor, input_quantizer: nn.Module, weight_quantizer: nn.Module) ->
         and type(input_quantizer) in (FakeQuantizer, nn.Identity)
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not any(
-            getattr(quantizer, hooks) for quantizer in (input_quantizer, weight_quantizer) for hooks in _HOOKS
-        )
+        and not any(map(listened_to, (input_quantizer, weight_quantizer)))
         and all(getattr(quantizer, "enabled", True) for quantizer in (input_quantizer, weight_quantizer))
     )
+
+
+def listened_to(quantizer: nn.Module) -> bool:
+    """Somebody has a hook on it, as `calibrate` has."""
+    return any(getattr(quantizer, hooks) for hooks in _HOOKS)
 
 
 def fused_linear(

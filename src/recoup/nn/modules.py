@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.experts import QuantExperts, is_experts
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.fused import fused_linear, fuses
 from recoup.nn.integer_bias import seen_bias
-from recoup.nn.twin import Inputs, QuantModule, adopt, input_quantizer, weight_quantizer
+from recoup.nn.recurrent import QuantGRU, QuantLSTM
+from recoup.nn.twin import Inputs, QuantModule, adopt, input_quantizer, weight_names, weight_quantizer
 from recoup.schemes import Scheme
 
 
@@ -149,6 +151,8 @@ QUANT_MODULES: dict[str, type[QuantModule]] = {
     "torch.nn.Conv1d": QuantConv1d,
     "torch.nn.Conv2d": QuantConv2d,
     "torch.nn.Embedding": QuantEmbedding,
+    "torch.nn.LSTM": QuantLSTM,
+    "torch.nn.GRU": QuantGRU,
     "transformers.pytorch_utils.Conv1D": QuantConv1D,
 }
 
@@ -158,17 +162,21 @@ def is_prepared(module: nn.Module) -> TypeGuard[QuantModule]:
 
     Not isinstance of the protocol: from Python 3.12 on that does not see Parameters.
     """
-    return type(module) in QUANT_MODULES.values()
+    return type(module) in (*QUANT_MODULES.values(), QuantExperts)
 
 
 def quant_type(module: nn.Module) -> type[QuantModule] | None:
     """The twin's type for exactly this type of module, with a weight of its own.
 
     Subclasses are excluded: they may compute anything. So are weights that are computed from other
-    parameters, as by weight_norm and pruning.
+    parameters, as by weight_norm and pruning. Layers of experts have a type for each model, and are known by
+    the decorator that computes all of them.
     """
     for name, twin in QUANT_MODULES.items():
         package, _, attribute = name.rpartition(".")
         if type(module) is getattr(sys.modules.get(package), attribute, None):
-            return twin if isinstance(module.weight, nn.Parameter) else None
-    return None
+            own = (
+                isinstance(getattr(module, leaf, None), nn.Parameter) for leaf in weight_names(twin, module)
+            )
+            return twin if all(own) else None
+    return QuantExperts if is_experts(module) else None

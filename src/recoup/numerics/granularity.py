@@ -59,10 +59,9 @@ class Granularity:
 
 def _count(length: int, size: int, axis: str) -> int:
     if length % size:
-        raise ValueError(
-            f"{length} {axis} cannot be cut into groups of {size}; "
-            f"use per_channel, or a group size among {divisors(length)}"
-        )
+        sizes = divisors(length)
+        others = f", or a group size among {sizes}" if sizes else ""
+        raise ValueError(f"{length} {axis} cannot be cut into groups of {size}; use per_channel{others}")
     return length // size
 
 

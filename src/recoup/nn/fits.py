@@ -1,0 +1,73 @@
+"""Does a float module take a scheme, and is it asked by the modules around it? Known before work."""
+
+import torch
+from torch import nn
+
+from recoup.nn.experts import is_experts
+from recoup.nn.modules import quant_type
+from recoup.nn.twin import has_several, weight_names, weight_of
+from recoup.numerics import per_tensor
+from recoup.schemes import Plan, Scheme
+
+
+def check_shape(name: str, module: nn.Module, scheme: Scheme) -> None:
+    """Do the shapes of a float module's weights and inputs take this scheme?
+
+    Raises:
+        ValueError: they do not; names the module.
+    """
+    kind = quant_type(module)
+    assert kind is not None
+    inputs = scheme.inputs
+    if inputs is not None and kind.inputs_are == "ids":
+        raise ValueError(
+            f"{name}: {scheme.name!r} quantizes inputs, but an embedding's are ids; use w8a16 or w4a16"
+        )
+    if inputs is not None and kind.inputs_are == "channels" and inputs.granularity != per_tensor:
+        raise ValueError(
+            f"{name}: {scheme.name!r} has input scales per {inputs.granularity}, but a convolution's input "
+            "has one for all; use w8a8-static, w8a8-ort, w8a8-ort-static or a weight-only scheme"
+        )
+    if has_several(kind):
+        kind.check(module, scheme, name)
+    for leaf in weight_names(kind, module):
+        rows, columns = weight_of(kind, module, leaf).shape
+        try:
+            scheme.weights.granularity.scale_shape(rows, columns)
+            if inputs is not None and kind.inputs_are in ("tokens", "routed"):
+                inputs.granularity.scale_shape(1, columns)
+        except ValueError as error:
+            path = f"{name}.{leaf}" if has_several(kind) else name
+            raise ValueError(f"{path}: {error}") from None
+
+
+def check_surroundings(modules: dict[str, nn.Module], plan: Plan) -> None:
+    """Would a module around a quantized one compute with its float weights, without asking it?
+
+    Args:
+        modules: of the float model, by name.
+        plan: what is quantized of them.
+
+    Raises:
+        ValueError: one would; names it.
+    """
+    for name, module in modules.items():
+        within = [quantized for quantized in plan.modules if quantized.startswith(f"{name}.")]
+        if (  # without gradients, it hands the weights of its Linears to one kernel of its own
+            isinstance(module, nn.TransformerEncoderLayer)
+            and within
+            and torch.backends.mha.get_fastpath_enabled()
+        ):
+            raise ValueError(
+                f"{name}: nn.TransformerEncoderLayer runs {within[0]} with its float weight in evaluation; "
+                "call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
+        children = (
+            f"{name}.{child}".lstrip(".") for child, held in module.named_children() if is_experts(held)
+        )
+        experts = next((child for child in children if child in plan.modules), None)
+        if experts is not None and "forward" in vars(module):
+            raise ValueError(
+                f"{name}: its forward was replaced on the instance, as use_kernels=True does, and may "
+                f"compute with the float weights of {experts}; load the model without it"
+            )
