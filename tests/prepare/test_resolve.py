@@ -118,8 +118,8 @@ def test_a_recipe_a_scheme_and_its_name_are_one() -> None:
     assert resolve(MLP(), "w4a16") == resolve(MLP(), preset("w4a16")) == resolve(MLP(), recipe("w4a16"))
 
 
-def conv() -> nn.Module:
-    return nn.Sequential(nn.Conv3d(3, 8, 3), nn.Conv3d(8, 8, 3), nn.Flatten(), nn.Linear(32, 32))
+def bilinear() -> nn.Module:
+    return nn.Sequential(nn.Bilinear(8, 8, 8), nn.Bilinear(8, 8, 4), nn.Flatten(), nn.Linear(32, 32))
 
 
 class Attention(nn.Module):
@@ -161,7 +161,7 @@ def pruned() -> nn.Module:
 
 
 LARGE = {
-    conv: "0.weight (8 x 3 x 3 x 3 x 3, no quantized form of torch.nn.modules.conv.Conv3d); 1.weight",
+    bilinear: "0.weight (8 x 8 x 8, no quantized form of torch.nn.modules.linear.Bilinear); 1.weight",
     Attention: "attention.in_proj_weight (96 x 32, no quantized form of torch.nn.modules.activation.Multi",
     Places: "places (4 x 32, no quantized form of tests.prepare.test_resolve.Places)",
     named_norm: "0.weight (32 x 32, norm)",
@@ -195,7 +195,7 @@ def test_a_large_parameter_is_never_left_out_silently_and_the_advice_keeps_it(
 
 
 def test_many_large_parameters_make_a_short_message() -> None:
-    model = nn.Sequential(nn.Linear(32, 32), *(nn.ConvTranspose1d(2, 64, 3) for _ in range(5)))
+    model = nn.Sequential(nn.Linear(32, 32), *(nn.Bilinear(4, 4, 8) for _ in range(5)))
     with pytest.raises(
         ValueError, match=r"^5 large parameters .*1\.weight .*3\.weight .*; and 2 more\. Keep"
     ):

@@ -326,18 +326,12 @@ class _FloatConv(nn.Module):
     def __init__(self, module: CodedConv) -> None:
         super().__init__()
         self.weight, self.input = _Packed(module.weight), _FloatInput(module.input_quantizer)
-        self.bias, self.kernel_size = module.bias, module.kernel_size
-        self.convolution: Callable[..., Tensor] = module.convolution
-        self.padding, self.edges, self.padding_mode = module.padding, module.edges, module.padding_mode
-        self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
+        self.bias = module.bias
+        self.summed = module.summed  # reads the geometry alone
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        x, padding = self.input(input), self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.edges, mode=self.padding_mode), 0
-        weight = self.weight.matrix().unflatten(1, (-1, *self.kernel_size))
-        return self.convolution(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self.summed(self.input(input), self.weight.matrix(), self.bias)
 
 
 class _Embedding(nn.Module):

@@ -18,7 +18,6 @@ from recoup.export.trained import Layer, Stored
 from recoup.nn import (
     CODED_MODULES,
     CodedConv,
-    CodedConv1d,
     CodedEmbedding,
     CodedModule,
     Codes,
@@ -38,7 +37,7 @@ _TYPES = {
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """What a convolution has beside its codes, as nn.Conv1d and nn.Conv2d call it."""
+    """What a convolution has beside its codes, as torch's convolutions call it."""
 
     in_channels: int
     kernel_size: tuple[int, ...]
@@ -170,7 +169,8 @@ def quantizer(
 def _convolution(path: str, layer: Layer, convolution: Convolution | None) -> dict[str, Any]:
     if convolution is None:
         raise ValueError(f"{path}: a convolution without its strides and padding")
-    convolution.check(path, 1 if issubclass(layer.kind, CodedConv1d) else 2, layer.shape[1])
+    assert issubclass(layer.kind, CodedConv)
+    convolution.check(path, layer.kind.axes, layer.shape[1])
     found = {name: getattr(convolution, name) for name in convolution.__dataclass_fields__}
     return found | {
         "out_channels": layer.shape[0],

@@ -12,13 +12,14 @@ from recoup.nn.coded import (
     CodedConv1D,
     CodedConv1d,
     CodedConv2d,
+    CodedConv3d,
     CodedEmbedding,
     CodedLinear,
     CodedModule,
     Codes,
     is_coded,
 )
-from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
 from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
@@ -42,6 +43,7 @@ __all__ = [
     "CodedConv1D",
     "CodedConv1d",
     "CodedConv2d",
+    "CodedConv3d",
     "CodedEmbedding",
     "CodedLinear",
     "CodedModule",
@@ -51,6 +53,7 @@ __all__ = [
     "QuantConv1D",
     "QuantConv1d",
     "QuantConv2d",
+    "QuantConv3d",
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",

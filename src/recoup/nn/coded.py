@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
 from recoup.nn.integer_bias import coded_bias
 from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
@@ -113,14 +113,17 @@ class CodedConv1D(CodedLinear):
 class CodedConv(nn.Module):
     """y = decode(codes) * Q(x) + b; a row of the codes is what one output channel sums over.
 
-    Attributes are nn.Conv1d's and nn.Conv2d's. `edges` is the padding as F.pad takes it, last axis first, in
+    Attributes are those of torch's convolutions. `edges` is the padding as F.pad takes it, last axis first, in
     every padding_mode and for padding="same" too.
     """
 
+    axes: ClassVar[int]
     convolution: ClassVar[Callable[..., Tensor]]
     bias_codes: Tensor | None
 
-    def __init__(self, prepared: QuantConv1d | QuantConv2d, weight: Codes | None = None) -> None:
+    def __init__(
+        self, prepared: QuantConv1d | QuantConv2d | QuantConv3d, weight: Codes | None = None
+    ) -> None:
         super().__init__()
         self.scheme = prepared.scheme
         self.in_channels, self.out_channels = prepared.in_channels, prepared.out_channels
@@ -136,23 +139,33 @@ class CodedConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        x, padding = self.input_quantizer(input), self.padding
+        return self.summed(self.input_quantizer(input), self.weight.decode(), self.bias)
+
+    def summed(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The sums of products of this geometry, with a weight's 2-D view; padded first."""
+        padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.edges, mode=self.padding_mode), 0
-        weight = self.weight.decode().unflatten(1, (-1, *self.kernel_size))
-        return self.convolution(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        weight = matrix.unflatten(1, (-1, *self.kernel_size))
+        return self.convolution(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class CodedConv1d(CodedConv):
     """Along one axis."""
 
-    convolution = staticmethod(F.conv1d)
+    axes, convolution = 1, staticmethod(F.conv1d)
 
 
 class CodedConv2d(CodedConv):
     """Along two axes."""
 
-    convolution = staticmethod(F.conv2d)
+    axes, convolution = 2, staticmethod(F.conv2d)
+
+
+class CodedConv3d(CodedConv):
+    """Along three axes."""
+
+    axes, convolution = 3, staticmethod(F.conv3d)
 
 
 class CodedEmbedding(nn.Module):
@@ -173,6 +186,7 @@ CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantLinear: CodedLinear,
     QuantConv1d: CodedConv1d,
     QuantConv2d: CodedConv2d,
+    QuantConv3d: CodedConv3d,
     QuantEmbedding: CodedEmbedding,
     QuantConv1D: CodedConv1D,
 }

@@ -6,7 +6,7 @@ take a scale for each out of that sum. Padding is of zeros, or of values that ar
 it may come after quantization.
 """
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -16,57 +16,41 @@ from recoup.nn.twin import Inputs, adopt, input_quantizer, weight_quantizer
 from recoup.schemes import Scheme
 
 
-class QuantConv1d(nn.Conv1d):
+class _Twin(nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+    """A convolution's own state, and quantizers; its forward is that of its kind."""
+
+    inputs_are: ClassVar[Inputs] = "channels"
+    scheme: Scheme
+    weight_quantizer: FakeQuantizer
+    input_quantizer: FakeQuantizer | nn.Identity
+
+    @classmethod
+    def from_float(cls, module: nn.Module, scheme: Scheme, path: str) -> Self:
+        """The twin of a float module; it shares every Parameter. See `QuantLinear.from_float`."""
+        twin = adopt(cls, module, path)
+        twin.scheme = scheme
+        twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
+        twin.input_quantizer = input_quantizer(None, scheme, path, twin.weight.device)
+        return twin
+
+    @staticmethod
+    def matrix(module: Any) -> Tensor:
+        """(output channels, input channels of a group x places of the kernel)."""
+        return module.weight.flatten(1)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """The equation."""
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.input_quantizer(input), weight, seen_bias(self))
+
+
+class QuantConv1d(_Twin, nn.Conv1d):
     """y = Q(W) * Q(x) + b, with nn.Conv1d's stride, padding, dilation and groups."""
 
-    inputs_are: ClassVar[Inputs] = "channels"
-    scheme: Scheme
-    weight_quantizer: FakeQuantizer
-    input_quantizer: FakeQuantizer | nn.Identity
 
-    @classmethod
-    def from_float(cls, module: nn.Conv1d, scheme: Scheme, path: str) -> Self:
-        """The twin of a float module; it shares every Parameter. See `QuantLinear.from_float`."""
-        twin = adopt(cls, module, path)
-        twin.scheme = scheme
-        twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
-        twin.input_quantizer = input_quantizer(None, scheme, path, module.weight.device)
-        return twin
-
-    @staticmethod
-    def matrix(module: nn.Conv1d) -> Tensor:
-        """(output channels, input channels of a group x places of the kernel)."""
-        return module.weight.flatten(1)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """The equation."""
-        weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.input_quantizer(input), weight, seen_bias(self))
-
-
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(_Twin, nn.Conv2d):
     """y = Q(W) * Q(x) + b, with nn.Conv2d's stride, padding, dilation and groups."""
 
-    inputs_are: ClassVar[Inputs] = "channels"
-    scheme: Scheme
-    weight_quantizer: FakeQuantizer
-    input_quantizer: FakeQuantizer | nn.Identity
 
-    @classmethod
-    def from_float(cls, module: nn.Conv2d, scheme: Scheme, path: str) -> Self:
-        """The twin of a float module; it shares every Parameter. See `QuantLinear.from_float`."""
-        twin = adopt(cls, module, path)
-        twin.scheme = scheme
-        twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
-        twin.input_quantizer = input_quantizer(None, scheme, path, module.weight.device)
-        return twin
-
-    @staticmethod
-    def matrix(module: nn.Conv2d) -> Tensor:
-        """(output channels, input channels of a group x places of the kernel)."""
-        return module.weight.flatten(1)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """The equation."""
-        weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.input_quantizer(input), weight, seen_bias(self))
+class QuantConv3d(_Twin, nn.Conv3d):
+    """y = Q(W) * Q(x) + b, with nn.Conv3d's stride, padding, dilation and groups."""

@@ -18,11 +18,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from recoup.nn import Batch, call, device_of, evaluating, moved
 
-Layer = nn.Conv1d | nn.Conv2d | nn.Linear
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 # The layers, and how many axes their output has where the norm's channels are the layer's outputs.
-_AXES: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Linear: 2}
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_AXES: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5, nn.Linear: 2}
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class _Pair:
 def fuse(model: nn.Module, example: Batch) -> nn.Module:
     """Fold every BatchNorm into the convolution or linear layer right before it; in place, returns the model.
 
-    A norm is folded when its input is the very tensor that an nn.Conv1d, nn.Conv2d or nn.Linear returned and
-    each of the two runs once. It becomes an nn.Identity; the layer keeps its weight as the same Parameter,
+    A norm is folded when its input is the very tensor that a convolution or an nn.Linear returned and each of
+    the two runs once. It becomes an nn.Identity; the layer keeps its weight as the same Parameter,
     and gets a bias if it had none. Every other norm stays, and all do where the model returns no tensors to
     compare. A model without BatchNorm is not even run.
     Never changes what the model computes in evaluation, nor which modules are in training mode.
