@@ -97,13 +97,13 @@ class Signal(nn.Module):
 
 
 class Volume(nn.Module):
-    """Convolutions along three axes, of sums that every group divides, with a BatchNorm between."""
+    """A convolution along three axes and a transposed one of two groups; whatever cuts sums divides them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv3d(32, 32, 2, bias=False)
-        self.norm = nn.BatchNorm3d(32)
-        self.second = nn.Conv3d(32, 16, 2, stride=2, padding=1, padding_mode="replicate")
+        self.first = nn.Conv3d(32, 64, 2, bias=False)
+        self.norm = nn.BatchNorm3d(64)
+        self.second = nn.ConvTranspose3d(64, 16, 2, stride=(1, 2, 1), output_padding=(0, 1, 0), groups=2)
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -321,7 +321,8 @@ def _scheme_with_the_same_weights(module: nn.Module, scheme: Scheme, other: nn.M
     if kind is None or other_kind is None:
         return None
     matrix, seen_by_other = kind.matrix(module), other_kind.matrix(other)
-    if (matrix.shape, matrix.stride()) != (seen_by_other.shape, seen_by_other.stride()):
+    views = ((view.shape, view.stride(), view.data_ptr()) for view in (matrix, seen_by_other))
+    if len(set(views)) > 1 and (kind.matrix is not other_kind.matrix or matrix.shape != seen_by_other.shape):
         return None
     if scheme.inputs is None or other_kind.inputs_are != "ids":
         return scheme.name

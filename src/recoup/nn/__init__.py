@@ -13,13 +13,24 @@ from recoup.nn.coded import (
     CodedConv1d,
     CodedConv2d,
     CodedConv3d,
+    CodedConvTranspose,
+    CodedConvTranspose1d,
+    CodedConvTranspose2d,
+    CodedConvTranspose3d,
     CodedEmbedding,
     CodedLinear,
     CodedModule,
     Codes,
     is_coded,
 )
-from recoup.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
+from recoup.nn.conv import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+)
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
 from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
@@ -44,6 +55,10 @@ __all__ = [
     "CodedConv1d",
     "CodedConv2d",
     "CodedConv3d",
+    "CodedConvTranspose",
+    "CodedConvTranspose1d",
+    "CodedConvTranspose2d",
+    "CodedConvTranspose3d",
     "CodedEmbedding",
     "CodedLinear",
     "CodedModule",
@@ -54,6 +69,9 @@ __all__ = [
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
+    "QuantConvTranspose3d",
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",

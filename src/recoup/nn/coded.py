@@ -10,13 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recoup.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
+from recoup.nn.conv import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    transposed_weight,
+)
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
 from recoup.nn.integer_bias import coded_bias
 from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
 from recoup.nn.twin import QuantModule
 from recoup.numerics import QParams, QuantSpec, dequantize, quantize
 from recoup.schemes import Scheme
+
+# From the size that a caller asks to what outputs have at their end; of `self` it reads `output_padding`.
+_output_padding: Any = nn.modules.conv._ConvTransposeNd._output_padding  # pyright: ignore
 
 
 class Codes(LatticeState):
@@ -113,17 +124,15 @@ class CodedConv1D(CodedLinear):
 class CodedConv(nn.Module):
     """y = decode(codes) * Q(x) + b; a row of the codes is what one output channel sums over.
 
-    Attributes are those of torch's convolutions. `edges` is the padding as F.pad takes it, last axis first, in
-    every padding_mode and for padding="same" too.
+    Attributes are those of torch's convolutions. `edges` is the padding as F.pad takes it, last axis first,
+    in every padding_mode and for padding="same" too.
     """
 
     axes: ClassVar[int]
     convolution: ClassVar[Callable[..., Tensor]]
     bias_codes: Tensor | None
 
-    def __init__(
-        self, prepared: QuantConv1d | QuantConv2d | QuantConv3d, weight: Codes | None = None
-    ) -> None:
+    def __init__(self, prepared: Any, weight: Codes | None = None) -> None:
         super().__init__()
         self.scheme = prepared.scheme
         self.in_channels, self.out_channels = prepared.in_channels, prepared.out_channels
@@ -168,6 +177,57 @@ class CodedConv3d(CodedConv):
     axes, convolution = 3, staticmethod(F.conv3d)
 
 
+class CodedConvTranspose(CodedConv):
+    """The same of a transposed convolution: an input is spread over outputs, and its padding cuts them.
+
+    A row of the codes is what one output channel sums over here too.
+    """
+
+    def __init__(self, prepared: Any, weight: Codes | None = None) -> None:
+        super().__init__(prepared, weight)
+        self.output_padding: tuple[int, ...] = prepared.output_padding
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 (torch's)
+        """The equation."""
+        extra = _output_padding(
+            self, input, output_size, self.stride, self.padding, self.kernel_size, self.axes, self.dilation
+        )
+        return self.summed(self.input_quantizer(input), self.weight.decode(), self.bias, extra)
+
+    def summed(
+        self, x: Tensor, matrix: Tensor, bias: Tensor | None = None, extra: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The sums of products of this geometry, with a weight's 2-D view; cut afterwards.
+
+        Args:
+            x: the inputs.
+            matrix: the view.
+            bias: for each output channel.
+            extra: what outputs have at their end beyond the shortest that fits; `output_padding` by default.
+        """
+        weight = transposed_weight(matrix, self.groups, self.kernel_size)
+        extra = self.output_padding if extra is None else extra
+        return self.convolution(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+
+class CodedConvTranspose1d(CodedConvTranspose):
+    """Along one axis."""
+
+    axes, convolution = 1, staticmethod(F.conv_transpose1d)
+
+
+class CodedConvTranspose2d(CodedConvTranspose):
+    """Along two axes."""
+
+    axes, convolution = 2, staticmethod(F.conv_transpose2d)
+
+
+class CodedConvTranspose3d(CodedConvTranspose):
+    """Along three axes."""
+
+    axes, convolution = 3, staticmethod(F.conv_transpose3d)
+
+
 class CodedEmbedding(nn.Module):
     """y = decode(codes)[ids]."""
 
@@ -187,6 +247,9 @@ CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantConv1d: CodedConv1d,
     QuantConv2d: CodedConv2d,
     QuantConv3d: CodedConv3d,
+    QuantConvTranspose1d: CodedConvTranspose1d,
+    QuantConvTranspose2d: CodedConvTranspose2d,
+    QuantConvTranspose3d: CodedConvTranspose3d,
     QuantEmbedding: CodedEmbedding,
     QuantConv1D: CodedConv1D,
 }

@@ -1,13 +1,16 @@
 """The convolutions' twins. Their weight's 2-D view is (output channels, what one output channel sums over).
 
 So "per channel" is one scale for each output channel, and a group is cut out of in_channels / groups x the
-kernel's places. An input has one scale: an output sums over channels and places of it, and no engine can
-take a scale for each out of that sum. Padding is of zeros, or of values that are on the lattice already, so
-it may come after quantization.
+kernel's places. That holds for transposed convolutions too, whose weight torch has as (input channels, output
+channels / groups, places): the quantizer sees the view, and the twin puts it back. An input has one scale: an
+output sums over channels and places of it, and no engine can take a scale for each out of that sum. Padding
+is of zeros, or of values that are on the lattice already, so it may come after quantization.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup.nn.fake_quantizer import FakeQuantizer
@@ -44,6 +47,39 @@ class _Twin(nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
         return self._conv_forward(self.input_quantizer(input), weight, seen_bias(self))
 
 
+class _TransposedTwin(_Twin):
+    """A transposed convolution; it has no padding but with zeros."""
+
+    convolution: ClassVar[Callable[..., Tensor]]
+    _output_padding: Callable[..., list[int]]
+
+    @staticmethod
+    def matrix(module: Any) -> Tensor:
+        """(output channels, input channels of a group x places of the kernel)."""
+        of_groups = module.weight.unflatten(0, (module.groups, -1))
+        return of_groups.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 (torch's)
+        """The equation."""
+        matrix = self.matrix(self)
+        seen = self.weight_quantizer(matrix)
+        weight = self.weight if seen is matrix else transposed_weight(seen, self.groups, self.kernel_size)
+        return self.convolution(
+            self.input_quantizer(input), weight, seen_bias(self), self.stride, self.padding,
+            self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size),
+                self.dilation,
+            ),
+            self.groups, self.dilation,
+        )  # fmt: skip
+
+
+def transposed_weight(matrix: Tensor, groups: int, kernel_size: tuple[int, ...]) -> Tensor:
+    """The 2-D view of a transposed convolution's weight, put back as torch takes it."""
+    of_groups = matrix.unflatten(1, (-1, *kernel_size)).unflatten(0, (groups, -1))
+    return of_groups.transpose(1, 2).flatten(0, 1).contiguous()
+
+
 class QuantConv1d(_Twin, nn.Conv1d):
     """y = Q(W) * Q(x) + b, with nn.Conv1d's stride, padding, dilation and groups."""
 
@@ -54,3 +90,21 @@ class QuantConv2d(_Twin, nn.Conv2d):
 
 class QuantConv3d(_Twin, nn.Conv3d):
     """y = Q(W) * Q(x) + b, with nn.Conv3d's stride, padding, dilation and groups."""
+
+
+class QuantConvTranspose1d(_TransposedTwin, nn.ConvTranspose1d):
+    """y = Q(x), spread by Q(W), + b, with nn.ConvTranspose1d's geometry."""
+
+    convolution = staticmethod(F.conv_transpose1d)
+
+
+class QuantConvTranspose2d(_TransposedTwin, nn.ConvTranspose2d):
+    """y = Q(x), spread by Q(W), + b, with nn.ConvTranspose2d's geometry."""
+
+    convolution = staticmethod(F.conv_transpose2d)
+
+
+class QuantConvTranspose3d(_TransposedTwin, nn.ConvTranspose3d):
+    """y = Q(x), spread by Q(W), + b, with nn.ConvTranspose3d's geometry."""
+
+    convolution = staticmethod(F.conv_transpose3d)

@@ -10,7 +10,14 @@ from typing import ClassVar, Self, TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recoup.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
+from recoup.nn.conv import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+)
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.fused import fused_linear, fuses
 from recoup.nn.integer_bias import seen_bias
@@ -149,6 +156,9 @@ QUANT_MODULES: dict[str, type[QuantModule]] = {
     "torch.nn.Conv1d": QuantConv1d,
     "torch.nn.Conv2d": QuantConv2d,
     "torch.nn.Conv3d": QuantConv3d,
+    "torch.nn.ConvTranspose1d": QuantConvTranspose1d,
+    "torch.nn.ConvTranspose2d": QuantConvTranspose2d,
+    "torch.nn.ConvTranspose3d": QuantConvTranspose3d,
     "torch.nn.Embedding": QuantEmbedding,
     "transformers.pytorch_utils.Conv1D": QuantConv1D,
 }
