@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OUTPUTS
 from recoup.export import onnx_cache
-from recoup.export.tracing import Traced, first_two, positional, traced, untraceable
+from recoup.export.tracing import Traced, check_no_bag, first_two, positional, traced, untraceable
 from recoup.nn import (
     OUTPUT,
     Batch,
@@ -63,6 +63,7 @@ def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
 
     del model
     for path, (scheme, kind) in modules.items():
+        check_no_bag(path, kind)
         onnx_nodes.check(path, scheme, kind)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import CODED_MODULES, Batch, call, size_of
+from recoup.nn import CODED_MODULES, Batch, CodedEmbeddingBag, call, size_of
 
 _INSTEAD = {"output_size": "give it the output_padding that comes to this size"}
 
@@ -73,6 +73,19 @@ def output_names(model: nn.Module, example: Batch, target: str) -> list[str]:
                 "so the model must return nothing else (no cache: model.config.use_cache = False)"
             )
     return list(named)
+
+
+def check_no_bag(path: str, kind: type) -> None:
+    """A program and an ONNX graph hold no EmbeddingBag: bags begin where another input says.
+
+    Raises:
+        ValueError: it is one; says what to do.
+    """
+    if issubclass(kind, CodedEmbeddingBag):
+        raise ValueError(
+            f"{path}: a quantized EmbeddingBag has no form in this target; keep it with "
+            f"{{match: {path}, scheme: none}}, or build it of an nn.Embedding and the sum of its vectors"
+        )
 
 
 @contextmanager

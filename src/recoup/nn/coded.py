@@ -21,7 +21,7 @@ from recoup.nn.conv import (
 )
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
 from recoup.nn.integer_bias import coded_bias
-from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
+from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantEmbeddingBag, QuantLinear
 from recoup.nn.twin import QuantModule
 from recoup.numerics import QParams, QuantSpec, dequantize, quantize
 from recoup.schemes import Scheme
@@ -242,6 +242,30 @@ class CodedEmbedding(nn.Module):
         return F.embedding(input, self.weight.decode())
 
 
+class CodedEmbeddingBag(nn.Module):
+    """y = the sum, mean or maximum of decode(codes)[ids] over each bag."""
+
+    def __init__(self, prepared: QuantEmbeddingBag, weight: Codes | None = None) -> None:
+        super().__init__()
+        self.scheme = prepared.scheme
+        self.num_embeddings, self.embedding_dim = prepared.num_embeddings, prepared.embedding_dim
+        self.mode, self.padding_idx = prepared.mode, prepared.padding_idx
+        self.include_last_offset = prepared.include_last_offset
+        self.weight = Codes.of(prepared) if weight is None else weight
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 (torch's name)
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The equation."""
+        return F.embedding_bag(
+            input, self.weight.decode(), offsets, mode=self.mode, per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset, padding_idx=self.padding_idx,
+        )  # fmt: skip
+
+
 CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantLinear: CodedLinear,
     QuantConv1d: CodedConv1d,
@@ -251,6 +275,7 @@ CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantConvTranspose2d: CodedConvTranspose2d,
     QuantConvTranspose3d: CodedConvTranspose3d,
     QuantEmbedding: CodedEmbedding,
+    QuantEmbeddingBag: CodedEmbeddingBag,
     QuantConv1D: CodedConv1D,
 }
 
