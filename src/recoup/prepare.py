@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn import (
+    QUANT_MODULES,
     Codes,
     FakeQuantizer,
     caching,
@@ -33,6 +34,9 @@ HEADS = frozenset(
 )
 # Of at least two dimensions and this share of the model: too large to leave in float without being told.
 LARGE = 0.01
+_QUANTIZABLE = (
+    f"{', '.join(name.removeprefix('torch.') for name in QUANT_MODULES)}, with weights of their own"
+)
 
 
 def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
@@ -248,7 +252,8 @@ def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
         if rule.scheme is not None and not any(quant_type(owners[name]) for name in matched):
             kinds = sorted({_type_name(owners[name]) for name in matched})
             raise ValueError(
-                f"rule {rule.match!r} matches only modules without a quantized form: {', '.join(kinds)}"
+                f"rule {rule.match!r} matches only modules without a quantized form: {', '.join(kinds)}; "
+                f"there is one of exactly {_QUANTIZABLE}{_of_attention(model, matched[0])}"
             )
 
 
@@ -354,8 +359,17 @@ def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
         module = path.rpartition(".")[0] or path
         raise ValueError(
             f"{len(left_out)} large parameters would stay in float: {'; '.join(_first(left_out, 3))}. "
-            f"Keep them knowingly with rules such as {{match: {module}, scheme: none}}"
+            f"Keep them knowingly with rules such as {{match: {module}, scheme: none}}; "
+            f"quantized can be exactly {_QUANTIZABLE}{_of_attention(model, module)}"
         )
+
+
+def _of_attention(model: nn.Module, name: str) -> str:
+    """What to say of torch's attention, which hands its weights, that of `out_proj` too, to one function."""
+    attention = isinstance(_holder(model, name.removesuffix(".out_proj")), nn.MultiheadAttention)
+    return (
+        "; nn.MultiheadAttention asks none of its layers, so write attention with four nn.Linear" * attention
+    )
 
 
 def _no_fast_path(modules: dict[str, nn.Module], plan: Plan) -> None:

@@ -202,6 +202,27 @@ def test_many_large_parameters_make_a_short_message() -> None:
         resolve(model, "w4a16")
 
 
+def test_what_can_be_quantized_is_in_the_message() -> None:
+    with pytest.raises(ValueError, match="large parameters would stay in float") as error:
+        resolve(bilinear(), "w4a16")
+    kinds = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, "
+    kinds += "nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag, transformers.pytorch_utils.Conv1D"
+    advice = "Keep them knowingly with rules such as {match: 0, scheme: none}; quantized can be exactly "
+    assert str(error.value).endswith(f"{advice}{kinds}, with weights of their own")
+    with pytest.raises(ValueError, match=r"^rule '0' matches only modules without a quantized form") as error:
+        resolve(bilinear(), recipe("w4a16", ("0", "w8a16")))
+    assert str(error.value).endswith(f"Bilinear; there is one of exactly {kinds}, with weights of their own")
+
+
+@pytest.mark.parametrize("rules", [[], [("attention", "w8a16")], [("attention.out_proj", "w8a16")]], ids=str)
+def test_torchs_attention_cannot_be_quantized_and_says_so(rules: list[tuple[str, str]]) -> None:
+    """Its layers are never called: one function takes their weights."""
+    with pytest.raises(ValueError, match=r"nn\.MultiheadAttention asks none of its layers") as error:
+        resolve(Attention(), recipe("w4a16", *rules))
+    assert str(error.value).endswith("so write attention with four nn.Linear")
+    assert set(resolve(Attention(), recipe("w4a16", ("attention", "none"))).modules) == {"output"}
+
+
 def test_the_models_own_parameter_is_matched_by_its_name() -> None:
     plan = resolve(Places(), recipe("w4a16", ("places", "none")))
     assert plan.modules == {"output": "w4a16"}
