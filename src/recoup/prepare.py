@@ -367,9 +367,7 @@ def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
 def _of_attention(model: nn.Module, name: str) -> str:
     """What to say of torch's attention, which hands its weights, that of `out_proj` too, to one function."""
     attention = isinstance(_holder(model, name.removesuffix(".out_proj")), nn.MultiheadAttention)
-    return (
-        "; nn.MultiheadAttention asks none of its layers, so write attention with four nn.Linear" * attention
-    )
+    return "; nn.MultiheadAttention asks none of its layers, so write it with four nn.Linear" * attention
 
 
 def _no_fast_path(modules: dict[str, nn.Module], plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from recoup import export, resolve
 from recoup.export import TARGETS, ParityError, preflight
 from recoup.export.export import converted_copy
+from recoup.export.rebuilt import Convolution
 from recoup.export.verify import verify
-from recoup.nn import CodedConvTranspose1d, CodedConvTranspose3d
+from recoup.nn import CodedConv1d, CodedConvTranspose1d, CodedConvTranspose3d
 from recoup.schemes import PRESETS
 from tests.models import recipe
 
@@ -141,6 +143,26 @@ def test_what_onnxruntime_has_no_kernel_for_is_refused_before_work() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(32, 8, 1))
     with pytest.raises(ValueError, match="0: scheme 'w4a16' does not run in onnxruntime on a CPU: convol"):
         preflight(model, resolve(model, recipe("w4a16")), "onnx")
+
+
+RECORDED = {
+    "no output_padding": {"output_padding": None},
+    "an axis too many": {"output_padding": (0, 0)},
+    "too long": {"output_padding": (2000,)},
+    "padding by name": {"padding": "same"},
+    "padding of another mode": {"padding_mode": "reflect"},
+}
+
+
+@pytest.mark.parametrize("field", RECORDED.values(), ids=RECORDED)
+def test_a_record_that_is_no_transposed_convolution_is_refused(field: dict[str, Any]) -> None:
+    geometry: dict[str, Any] = {"kernel_size": (3,), "stride": (2,), "padding": (0,), "dilation": (1,)}
+    geometry |= {"in_channels": 4, "groups": 2, "padding_mode": "zeros", "output_padding": (1,)}
+    Convolution(**geometry).check("up", CodedConvTranspose1d, 6)
+    with pytest.raises(ValueError, match=r"^up: Convolution\(.*\) is no convolution of 6 columns$"):
+        Convolution(**geometry | field).check("up", CodedConvTranspose1d, 6)
+    with pytest.raises(ValueError, match="is no convolution of 6 columns"):
+        Convolution(**geometry).check("up", CodedConv1d, 6)
 
 
 def test_the_kernel_is_named() -> None:

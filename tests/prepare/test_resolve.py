@@ -219,7 +219,7 @@ def test_torchs_attention_cannot_be_quantized_and_says_so(rules: list[tuple[str,
     """Its layers are never called: one function takes their weights."""
     with pytest.raises(ValueError, match=r"nn\.MultiheadAttention asks none of its layers") as error:
         resolve(Attention(), recipe("w4a16", *rules))
-    assert str(error.value).endswith("so write attention with four nn.Linear")
+    assert str(error.value).endswith("so write it with four nn.Linear")
     assert set(resolve(Attention(), recipe("w4a16", ("attention", "none"))).modules) == {"output"}
 
 
