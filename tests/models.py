@@ -96,6 +96,20 @@ class Signal(nn.Module):
         return self.head(self.second(torch.relu(self.first(x))).mean(dim=2))
 
 
+class Volume(nn.Module):
+    """A convolution along three axes and a transposed one of two groups; whatever cuts sums divides them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(32, 64, 2, bias=False)
+        self.norm = nn.BatchNorm3d(64)
+        self.second = nn.ConvTranspose3d(64, 16, 2, stride=(1, 2, 1), output_padding=(0, 1, 0), groups=2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(torch.relu(self.norm(self.first(x)))).mean(dim=(2, 3, 4)))
+
+
 def gpt2() -> nn.Module:
     """transformers' GPT-2 with one layer; its linear layers are of a type of their own, and transposed."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -156,6 +170,10 @@ def images(samples: int = 2) -> Tensor:
 
 def signals(samples: int = 2) -> Tensor:
     return torch.randn(samples, WIDTH, 7)
+
+
+def volumes(samples: int = 2) -> Tensor:
+    return torch.randn(samples, 32, 4, 3, 4)
 
 
 def ids(samples: int = 2) -> dict[str, Tensor]:
@@ -252,6 +270,13 @@ MODELS = (
         name="conv1d",
         build=Signal,
         batch=signals,
+        quantized=frozenset({"first", "second"}),
+        refused=no_scales_per_token("first"),
+    ),
+    Row(
+        name="conv3d",
+        build=Volume,
+        batch=volumes,
         quantized=frozenset({"first", "second"}),
         refused=no_scales_per_token("first"),
     ),

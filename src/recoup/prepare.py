@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn import (
+    QUANT_MODULES,
     Codes,
     FakeQuantizer,
     QuantModule,
@@ -41,6 +42,9 @@ HEADS = frozenset(
 )
 # Of at least two dimensions and this share of the model: too large to leave in float without being told.
 LARGE = 0.01
+_QUANTIZABLE = (
+    f"{', '.join(name.removeprefix('torch.') for name in QUANT_MODULES)}, with weights of their own"
+)
 
 
 def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
@@ -265,7 +269,8 @@ def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
         if rule.scheme is not None and not any(quant_type(owners[name]) for name in matched):
             kinds = sorted({_type_name(owners[name]) for name in matched})
             raise ValueError(
-                f"rule {rule.match!r} matches only modules without a quantized form: {', '.join(kinds)}"
+                f"rule {rule.match!r} matches only modules without a quantized form: {', '.join(kinds)}; "
+                f"there is one of exactly {_QUANTIZABLE}{_of_attention(model, matched[0])}"
             )
 
 
@@ -311,7 +316,7 @@ def _scheme_with_the_same_weights(module: nn.Module, scheme: Scheme, other: nn.M
     if kind is None or other_kind is None:
         return None
     views, seen_by_other = (
-        {leaf: (matrix.shape, matrix.stride()) for leaf, matrix in _matrices(*holder)}
+        {leaf: _lies(matrix, alike=kind is other_kind) for leaf, matrix in _matrices(*holder)}
         for holder in ((kind, module), (other_kind, other))
     )
     if views != seen_by_other:
@@ -324,6 +329,11 @@ def _scheme_with_the_same_weights(module: nn.Module, scheme: Scheme, other: nn.M
         if preset.inputs is None and replace(preset.weights, ranges=scheme.weights.ranges) == scheme.weights
     )
     return next(without_inputs, f"one with the weights of {scheme.name} and no inputs")
+
+
+def _lies(matrix: Tensor, *, alike: bool) -> tuple[object, ...]:
+    """What two views of one weight have in common; views by different types of module also the memory."""
+    return (matrix.shape, matrix.stride()) if alike else (matrix.shape, matrix.stride(), matrix.data_ptr())
 
 
 def _leaves(module: nn.Module) -> tuple[str, ...]:
@@ -357,8 +367,15 @@ def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
         module = path.rpartition(".")[0] or path
         raise ValueError(
             f"{len(left_out)} large parameters would stay in float: {'; '.join(_first(left_out, 3))}. "
-            f"Keep them knowingly with rules such as {{match: {module}, scheme: none}}"
+            f"Keep them knowingly with rules such as {{match: {module}, scheme: none}}; "
+            f"quantized can be exactly {_QUANTIZABLE}{_of_attention(model, module)}"
         )
+
+
+def _of_attention(model: nn.Module, name: str) -> str:
+    """What to say of torch's attention, which hands its weights, that of `out_proj` too, to one function."""
+    attention = isinstance(_holder(model, name.removesuffix(".out_proj")), nn.MultiheadAttention)
+    return "; nn.MultiheadAttention asks none of its layers, so write it with four nn.Linear" * attention
 
 
 def _first(items: list[str], count: int) -> Iterator[str]:

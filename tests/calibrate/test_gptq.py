@@ -71,7 +71,7 @@ def test_outputs_lose_less_than_by_rounding_to_nearest(name: str) -> None:
 @pytest.mark.parametrize("row", MODELS, ids=name_of)
 def test_every_model_can_be_converted_after_it(row: Row) -> None:
     model, batch = built(row), row.batch()
-    scheme = "w8a8-static" if row.name in ("cnn", "conv1d") else "w4a16"
+    scheme = "w8a8-static" if row.name in ("cnn", "conv1d", "conv3d") else "w4a16"
     recoup.prepare(model, recoup.resolve(model, recipe(scheme)))
     calibrate(model, [batch])
     if not any(getattr(m, "inputs_are", None) == "tokens" for m in model.modules()):

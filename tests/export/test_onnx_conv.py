@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 U = 2.0**-24  # half an ulp of float32
 CHANNELS = 8
 SIZE = (6, 9)
-CONVOLUTIONS: dict[str, Callable[[], nn.Conv1d | nn.Conv2d]] = {
+CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
     "pointwise": lambda: nn.Conv2d(CHANNELS, 5, 1),
     "padded": lambda: nn.Conv2d(CHANNELS, 5, 3, padding=1),
     "no-bias": lambda: nn.Conv2d(CHANNELS, 5, 3, bias=False),
@@ -43,6 +43,9 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Conv1d | nn.Conv2d]] = {
     "line": lambda: nn.Conv1d(CHANNELS, 6, 4, stride=2, padding=1, groups=2),
     "line-same": lambda: nn.Conv1d(CHANNELS, 6, 4, padding="same", dilation=2),
     "line-reflect": lambda: nn.Conv1d(CHANNELS, 6, 3, padding=1, padding_mode="reflect"),
+    "volume": lambda: nn.Conv3d(CHANNELS, 5, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 2)),
+    "volume-grouped": lambda: nn.Conv3d(CHANNELS, 4, 2, groups=2, dilation=(1, 2, 1), bias=False),
+    "volume-replicate": lambda: nn.Conv3d(CHANNELS, 4, 3, padding=1, padding_mode="replicate"),
 }
 
 
@@ -68,7 +71,7 @@ def _schemes() -> dict[str, Scheme]:
 
 
 SCHEMES = _schemes()
-KINDS = ("depthwise", "same", "no-bias", "circular", "line")  # of which every scheme has one
+KINDS = ("depthwise", "same", "no-bias", "circular", "line", "volume")  # of which every scheme has one
 NAMES = {scheme: KINDS if scheme != "w8a8-ort-static" else tuple(CONVOLUTIONS) for scheme in SCHEMES}
 PATHS = [f"{scheme}.{name}" for scheme, names in NAMES.items() for name in names]
 
@@ -81,13 +84,13 @@ class Convolutions(nn.Module):
         for scheme, names in NAMES.items():
             self.add_module(scheme, nn.ModuleDict({name: CONVOLUTIONS[name]() for name in names}))
 
-    def forward(self, image: Tensor, line: Tensor) -> dict[str, Tensor]:
-        inputs = {"image": image, "line": line}
+    def forward(self, image: Tensor, line: Tensor, volume: Tensor) -> dict[str, Tensor]:
+        inputs = {"image": image, "line": line, "volume": volume}
         return {path: self.get_submodule(path)(inputs[source(path)]) for path in PATHS}
 
 
 def source(path: str) -> str:
-    return "line" if ".line" in path else "image"
+    return next((kind for kind in ("line", "volume") if f".{kind}" in path), "image")
 
 
 def exact(batch: int, length: int = 11) -> dict[str, Tensor]:
@@ -98,7 +101,11 @@ def exact(batch: int, length: int = 11) -> dict[str, Tensor]:
         x[..., 0], x[..., -1] = 155.0, -100.0
         return x / 16
 
-    return {"image": drawn(batch, CHANNELS, *SIZE), "line": drawn(batch, CHANNELS, length)}
+    return {
+        "image": drawn(batch, CHANNELS, *SIZE),
+        "line": drawn(batch, CHANNELS, length),
+        "volume": drawn(batch, CHANNELS, 3, 4, 5),
+    }
 
 
 @pytest.fixture(scope="module")

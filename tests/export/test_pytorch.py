@@ -245,7 +245,7 @@ def test_packed_rows_are_read_by_other_code(name: str, programs: Written) -> Non
 
 
 def _scheme(row: Row) -> str:
-    return "w8a8-ort-static" if row.name in ("cnn", "conv1d") else "w8a8"
+    return "w8a8-ort-static" if row.name in ("cnn", "conv1d", "conv3d") else "w8a8"
 
 
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)

@@ -14,10 +14,12 @@ from recoup.nn import (
     CodedConv1D,
     CodedConv1d,
     CodedConv2d,
+    CodedConv3d,
     CodedLinear,
     QuantConv1D,
     QuantConv1d,
     QuantConv2d,
+    QuantConv3d,
     quant_type,
     quantization_off,
     seen_bias,
@@ -64,6 +66,7 @@ def geometry_name(geometry: Any) -> str:
 KINDS = {
     1: (nn.Conv1d, QuantConv1d, CodedConv1d, F.conv1d, (2, CHANNELS, 9)),
     2: (nn.Conv2d, QuantConv2d, CodedConv2d, F.conv2d, (2, CHANNELS, 9, 8)),
+    3: (nn.Conv3d, QuantConv3d, CodedConv3d, F.conv3d, (2, CHANNELS, 6, 5, 7)),
 }
 
 
@@ -82,7 +85,7 @@ def on_lattice(x: Tensor, quantizer: Any) -> Tensor:
     return dequantize(quantize(view, qparams, spec), qparams, spec).reshape(x.shape)
 
 
-def padded(x: Tensor, module: nn.Conv1d | nn.Conv2d) -> Tensor:
+def padded(x: Tensor, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
     """By hand: what stands before and after every axis."""
     before_and_after: list[int] = []
     for axis in reversed(range(x.ndim - 2)):

@@ -13,6 +13,8 @@ BUILD = {
     "linear": (lambda: nn.Linear(16, 4), (8, 16)),
     "conv1d": (lambda: nn.Conv1d(3, 4, 3), (8, 3, 9)),
     "conv2d": (lambda: nn.Conv2d(3, 4, 3), (8, 3, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, 2), (8, 3, 5, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), (8, 6, 5, 5)),
 }
 every_module = pytest.mark.parametrize(("build", "shape"), BUILD.values(), ids=BUILD)
 

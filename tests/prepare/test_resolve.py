@@ -119,8 +119,8 @@ def test_a_recipe_a_scheme_and_its_name_are_one() -> None:
     assert resolve(MLP(), "w4a16") == resolve(MLP(), preset("w4a16")) == resolve(MLP(), recipe("w4a16"))
 
 
-def conv() -> nn.Module:
-    return nn.Sequential(nn.Conv3d(3, 8, 3), nn.Conv3d(8, 8, 3), nn.Flatten(), nn.Linear(32, 32))
+def bilinear() -> nn.Module:
+    return nn.Sequential(nn.Bilinear(8, 8, 8), nn.Bilinear(8, 8, 4), nn.Flatten(), nn.Linear(32, 32))
 
 
 class Attention(nn.Module):
@@ -162,7 +162,7 @@ def pruned() -> nn.Module:
 
 
 LARGE = {
-    conv: "0.weight (8 x 3 x 3 x 3 x 3, no quantized form of torch.nn.modules.conv.Conv3d); 1.weight",
+    bilinear: "0.weight (8 x 8 x 8, no quantized form of torch.nn.modules.linear.Bilinear); 1.weight",
     Attention: "attention.in_proj_weight (96 x 32, no quantized form of torch.nn.modules.activation.Multi",
     Places: "places (4 x 32, no quantized form of tests.prepare.test_resolve.Places)",
     named_norm: "0.weight (32 x 32, norm)",
@@ -206,11 +206,32 @@ def test_a_scheme_that_is_none_is_one_line(asked: Any, found: str) -> None:
 
 
 def test_many_large_parameters_make_a_short_message() -> None:
-    model = nn.Sequential(nn.Linear(32, 32), *(nn.ConvTranspose1d(2, 64, 3) for _ in range(5)))
+    model = nn.Sequential(nn.Linear(32, 32), *(nn.Bilinear(4, 4, 8) for _ in range(5)))
     with pytest.raises(
         ValueError, match=r"^5 large parameters .*1\.weight .*3\.weight .*; and 2 more\. Keep"
     ):
         resolve(model, "w4a16")
+
+
+def test_what_can_be_quantized_is_in_the_message() -> None:
+    with pytest.raises(ValueError, match="large parameters would stay in float") as error:
+        resolve(bilinear(), "w4a16")
+    kinds = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, "
+    kinds += "nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag, transformers.pytorch_utils.Conv1D"
+    advice = "Keep them knowingly with rules such as {match: 0, scheme: none}; quantized can be exactly "
+    assert str(error.value).endswith(f"{advice}{kinds}, with weights of their own")
+    with pytest.raises(ValueError, match=r"^rule '0' matches only modules without a quantized form") as error:
+        resolve(bilinear(), recipe("w4a16", ("0", "w8a16")))
+    assert str(error.value).endswith(f"Bilinear; there is one of exactly {kinds}, with weights of their own")
+
+
+@pytest.mark.parametrize("rules", [[], [("attention", "w8a16")], [("attention.out_proj", "w8a16")]], ids=str)
+def test_torchs_attention_cannot_be_quantized_and_says_so(rules: list[tuple[str, str]]) -> None:
+    """Its layers are never called: one function takes their weights."""
+    with pytest.raises(ValueError, match=r"nn\.MultiheadAttention asks none of its layers") as error:
+        resolve(Attention(), recipe("w4a16", *rules))
+    assert str(error.value).endswith("so write it with four nn.Linear")
+    assert set(resolve(Attention(), recipe("w4a16", ("attention", "none"))).modules) == {"output"}
 
 
 def test_the_models_own_parameter_is_matched_by_its_name() -> None:

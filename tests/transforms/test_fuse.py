@@ -48,6 +48,16 @@ LAYERS: dict[str, tuple[Callable[[bool], nn.Module], Callable[[bool], nn.Module]
         lambda affine: nn.BatchNorm1d(8, affine=affine),
         (5, 4, 6),
     ),
+    "conv3d": (
+        lambda bias: nn.Conv3d(4, 8, 2, groups=2, bias=bias),
+        lambda affine: nn.BatchNorm3d(8, affine=affine),
+        (5, 4, 3, 4, 3),
+    ),
+    "transposed": (
+        lambda bias: nn.ConvTranspose2d(4, 8, 3, stride=2, groups=2, bias=bias),
+        lambda affine: nn.BatchNorm2d(8, affine=affine),
+        (5, 4, 3, 4),
+    ),
     "linear": (
         lambda bias: nn.Linear(4, 8, bias=bias),
         lambda affine: nn.BatchNorm1d(8, affine=affine),

@@ -68,7 +68,7 @@ def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
     for path, parameter in model.named_parameters():
         if parameter.ndim == 3 and min(parameter.shape) > 1:  # a convolution's kernel is no stack of matrices
             owner = model.get_submodule(path.rpartition(".")[0])
-            if not isinstance(owner, nn.Conv1d):
+            if not isinstance(owner, nn.Conv1d | nn.ConvTranspose1d):
                 raise ValueError(
                     f"compressed-tensors: {path} is a stack of experts that stays in float, which no entry "
                     "of the config tells vLLM; export to onnx, or quantize a model without fused experts"

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from recoup.engines.onnxruntime import OUTPUTS
 from recoup.export import onnx_cache
-from recoup.export.tracing import Traced, first_two, positional, traced, untraceable
+from recoup.export.tracing import Traced, check_no_bag, first_two, positional, traced, untraceable
 from recoup.nn import (
     OUTPUT,
     Batch,
     CodedConv,
+    CodedConvTranspose,
     CodedEmbedding,
     CodedLinear,
     CodedModule,
@@ -62,6 +63,7 @@ def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
 
     del model
     for path, (scheme, kind) in modules.items():
+        check_no_bag(path, kind)
         onnx_nodes.check(path, scheme, kind)
 
 
@@ -244,21 +246,26 @@ def _output_shape(module: CodedModule | FakeQuantizer) -> Callable[[Sequence[int
         features = module.out_features
         return lambda shape: [*shape[:-1], features]
     assert isinstance(module, CodedConv)
+    return _convolved(module)
+
+
+def _convolved(module: CodedConv) -> Callable[[Sequence[int]], list[int]]:
+    """The same of a convolution; each axis as in the documentation of torch's."""
     channels, sizes = module.out_channels, module.kernel_size
     spans = [(size - 1) * dilation for size, dilation in zip(sizes, module.dilation, strict=True)]
     padding = [before + after for before, after in zip(module.edges[0::2], module.edges[1::2], strict=True)]
-    strides = module.stride
+    extra = module.output_padding if isinstance(module, CodedConvTranspose) else None
+    along = list(zip(padding[::-1], spans, module.stride, extra or sizes, strict=True))
 
-    def convolved(shape: Sequence[int]) -> list[int]:
-        """Each axis as in the documentation of torch.nn.Conv2d."""
-        axes = zip(shape[-len(sizes) :], padding[::-1], spans, strides, strict=True)
-        return [
-            *shape[: -len(sizes) - 1],
-            channels,
-            *((n + pad - span - 1) // by + 1 for n, pad, span, by in axes),
-        ]
+    def shape_of(shape: Sequence[int]) -> list[int]:
+        lengths = zip(shape[-len(sizes) :], along, strict=True)
+        if extra is not None:
+            axes = [(n - 1) * by - pad + span + more + 1 for n, (pad, span, by, more) in lengths]
+        else:
+            axes = [(n + pad - span - 1) // by + 1 for n, (pad, span, by, _) in lengths]
+        return [*shape[: -len(sizes) - 1], channels, *axes]
 
-    return convolved
+    return shape_of
 
 
 @contextmanager

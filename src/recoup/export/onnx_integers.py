@@ -30,7 +30,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from recoup.export.onnx import ADDED, AGAIN, INPUT, LATTICE_OF, RESULT
 from recoup.export.onnx_graph import MICROSOFT, Graph
 from recoup.export.onnx_layouts import fits_sixteen_bits
-from recoup.nn import OUTPUT, CodedConv, FakeQuantizer
+from recoup.nn import OUTPUT, CodedConv, CodedConvTranspose, FakeQuantizer
 
 _ACTIVATIONS = ("Relu", "Clip")
 # They hand on values of what they read and make no others, so it does not matter whether these are codes.
@@ -57,6 +57,7 @@ def compute_in_integers(model: ir.Model, coded: Mapping[str, Any], values: Value
     for path, module in once.items():
         if (
             isinstance(module, CodedConv)
+            and not isinstance(module, CodedConvTranspose)
             and module.scheme.integer_bias
             and fits_sixteen_bits(module.weight.spec)
         ):

@@ -35,7 +35,7 @@ from recoup.export.onnx_layouts import (
     tensor_layout,
     weight_layout,
 )
-from recoup.nn import CodedConv, CodedEmbedding, CodedLinear, Codes, FakeQuantizer
+from recoup.nn import CodedConv, CodedConvTranspose, CodedEmbedding, CodedLinear, Codes, FakeQuantizer
 from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
 
@@ -97,6 +97,8 @@ def kernel(scheme: Scheme, kind: type) -> str:
     layout = weight_layout(scheme.weights)
     made = "8-bit floats" if layout == "floats" else "integers"
     if issubclass(kind, CodedConv):
+        if issubclass(kind, CodedConvTranspose):
+            return f"ConvTranspose of {made} made float"
         integers = scheme.integer_bias and fits_sixteen_bits(scheme.weights)
         return f"{'QLinearConv, or ' * integers}Conv of {made} made float"
     if layout == "groups":

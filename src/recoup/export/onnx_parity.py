@@ -33,7 +33,7 @@ from recoup.export.onnx_report import in_float
 from recoup.export.parity import Array, Parity, ParityError, added, equal, expected
 from recoup.export.tracing import positional
 from recoup.export.trained import Layer, Stored, Trained, check_modules, check_stored
-from recoup.nn import OUTPUT, Batch, CodedModule, FakeQuantizer, call
+from recoup.nn import OUTPUT, Batch, CodedConvTranspose, CodedModule, FakeQuantizer, call
 from recoup.numerics import QuantSpec, dequantize
 
 
@@ -66,7 +66,7 @@ def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
     return {
         path: _same_view(path, layer.scheme.weights, *packed[path]) | _bias_codes(path, tensors)
         if path in packed
-        else _typed(owners.get(path, path), layer.scheme.weights, tensors)
+        else _typed(owners.get(path, path), layer, tensors)
         for path, layer in layers.items()
     }
 
@@ -256,9 +256,12 @@ def _bias_codes(path: str, tensors: Mapping[str, onnx.TensorProto]) -> dict[str,
     return {"bias_codes": numpy_helper.to_array(bias)}
 
 
-def _typed(path: str, spec: QuantSpec, tensors: Mapping[str, onnx.TensorProto]) -> Stored:
-    """Of a weight in ONNX's own types, whose DequantizeLinear reads it as it was trained."""
-    codes = onnx_bytes.read_codes(tensors[f"{path}.codes"])
+def _typed(path: str, layer: Layer, tensors: Mapping[str, onnx.TensorProto]) -> Stored:
+    """Of a weight in ONNX's own types; a transposed convolution's may lie (inputs, outputs, places)."""
+    spec, stored = layer.scheme.weights, tensors[f"{path}.codes"]
+    codes = onnx_bytes.read_codes(stored)
+    if issubclass(layer.kind, CodedConvTranspose) and len(stored.dims) > 2:
+        codes = codes.reshape(tuple(stored.dims)).swapaxes(0, 1).reshape(stored.dims[1], -1)
     shape = spec.granularity.scale_shape(*codes.shape)
     found = {"codes": codes, "scale": onnx_bytes.read_scales(tensors[f"{path}.scale"]).reshape(shape)}
     if f"{path}.zero_point" in tensors:

@@ -19,7 +19,8 @@ from onnx import numpy_helper
 
 from recoup.export.onnx import SCOPES
 
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+WEIGHTED = _CONVOLUTIONS | {"Gemm", "MatMul"}
 # Rounding before them or after is the same, so TensorRT moves a QuantizeLinear through.
 COMMUTING = frozenset(
     {"MaxPool", "GlobalMaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
@@ -191,8 +192,10 @@ def _other_weights(wires: Wires) -> Iterator[tuple[onnx.NodeProto, str]]:
             yield node, f"its codes are {kind}"
         elif zero is None or np.any(zero.astype(np.float32) != 0):
             yield node, "its weight has zero points"
-        elif "block_size" in attributes and (node.op_type == "Conv" or kind == "INT8"):
+        elif "block_size" in attributes and (node.op_type in _CONVOLUTIONS or kind == "INT8"):
             yield node, f"its {kind} weight has a scale for every {attributes['block_size']} columns"
+        elif node.op_type == "ConvTranspose" and codes.output[0] != node.input[1]:
+            yield node, "its weight is put into groups behind its DequantizeLinear"
 
 
 def _quantized_biases(wires: Wires) -> Iterator[tuple[onnx.NodeProto, str]]:

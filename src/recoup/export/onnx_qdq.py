@@ -16,6 +16,7 @@ of a group are neighbours in the file.
 """
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,16 @@ from torch import nn
 from recoup.export import onnx as writer
 from recoup.export.onnx_graph import Array, Graph
 from recoup.export.onnx_types import opset, stored_type
-from recoup.nn import Batch, CodedConv, CodedEmbedding, CodedLinear, Codes, FakeQuantizer, is_coded
+from recoup.nn import (
+    Batch,
+    CodedConv,
+    CodedConvTranspose,
+    CodedEmbedding,
+    CodedLinear,
+    Codes,
+    FakeQuantizer,
+    is_coded,
+)
 from recoup.numerics import E4M3, E8M0, IntFormat, QuantSpec
 from recoup.schemes import Scheme
 
@@ -34,9 +44,8 @@ _PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 def kernel(scheme: Scheme, kind: type) -> str:
     """The operators that hold it; what an engine fuses them to is the engine's."""
-    operator = (
-        "Gather" if issubclass(kind, CodedEmbedding) else "Conv" if issubclass(kind, CodedConv) else "MatMul"
-    )
+    operators = {CodedEmbedding: "Gather", CodedConvTranspose: "ConvTranspose", CodedConv: "Conv"}
+    operator = next((name for known, name in operators.items() if issubclass(kind, known)), "MatMul")
     pairs = "weights" if scheme.inputs is None else "weights and inputs"
     return f"{operator} behind DequantizeLinear of {pairs}"
 
@@ -62,11 +71,40 @@ def linear(g: Graph, module: CodedLinear, x: ir.Value) -> ir.Value:
 def conv(g: Graph, module: CodedConv, x: ir.Value) -> ir.Value:
     """The convolution, with its input's pair before any padding and its weight's DequantizeLinear at it."""
     x = inputs(g, module.scheme.inputs, module.input_quantizer, x, None)
+    if isinstance(module, CodedConvTranspose):
+        return convolved(g, module, x, _dequantized_transposed(g, module))
     return convolved(g, module, x, dequantized(g, module.weight, module.kernel_size))
 
 
+def _dequantized_transposed(g: Graph, module: CodedConvTranspose) -> ir.Value:
+    """The weight (inputs, outputs of a group, places), from codes that lie so if one axis has all outputs.
+
+    With several groups, or scales of groups of columns, none has: the codes lie as they were trained.
+    """
+    weight, rows = module.weight, module.out_channels
+    if module.groups > 1 or weight.scale.shape not in ((rows, 1), (1, 1)):
+        return put_back(g, module, dequantized(g, weight))
+    codes = _codes(weight).reshape(rows, -1, *module.kernel_size).swapaxes(0, 1)
+    stored, one = g.weight("codes", np.ascontiguousarray(codes)), len(weight.scale) == 1 != rows
+    scale, zero_point = _stored_scale(g, weight, [] if one else [-1]), None
+    if weight.zero_point is not None:
+        zeros = weight.zero_point.cpu().numpy().astype(codes.dtype)
+        zero_point = g.weight("zero_point", zeros.reshape([] if one else [-1]))
+    return _dequantize(g, stored, scale, zero_point, **({} if one else {"axis": 1}))
+
+
+def put_back(g: Graph, module: CodedConvTranspose, matrix: ir.Value) -> ir.Value:
+    """A transposed convolution's weight from its 2-D view; constant, so a session computes it once."""
+    outputs, inputs = module.out_channels // module.groups, module.in_channels // module.groups
+    kernel = module.kernel_size
+    of_groups = g.initializer("groups", np.array([module.groups, outputs, inputs, *kernel], np.int64))
+    swapped = g("Transpose", g("Reshape", matrix, of_groups), perm=[0, 2, 1, *range(3, 3 + len(kernel))])
+    shape = np.array([module.in_channels, outputs, *kernel], np.int64)
+    return g("Reshape", swapped, g.initializer("shape", shape))
+
+
 def convolved(g: Graph, module: CodedConv, x: ir.Value, weight: ir.Value) -> ir.Value:
-    """The padding and the sum of a convolution of floats, with its bias."""
+    """The padding and the sum of a convolution of floats, with its bias; a transposed one is cut after."""
     # F.pad takes the last axis first, ONNX all beginnings and then all ends
     begins, ends = (list(module.edges[side::2])[::-1] for side in (0, 1))
     pads = [*begins, *ends]
@@ -75,8 +113,11 @@ def convolved(g: Graph, module: CodedConv, x: ir.Value, weight: ir.Value) -> ir.
         everywhere = np.array([0, 0, *begins, 0, 0, *ends], np.int64)
         x = g("Pad", x, g.initializer("pads", everywhere), mode=_PAD_MODES[module.padding_mode])
         pads = [0] * len(pads)
+    transposed: dict[str, Any] = {}
+    if isinstance(module, CodedConvTranspose):
+        transposed = {"output_padding": list(module.output_padding)}
     return g(
-        "Conv",
+        "ConvTranspose" if transposed else "Conv",
         x,
         weight,
         *([] if module.bias is None else [_bias(g, module)]),
@@ -85,6 +126,7 @@ def convolved(g: Graph, module: CodedConv, x: ir.Value, weight: ir.Value) -> ir.
         dilations=list(module.dilation),
         group=module.groups,
         pads=pads,
+        **transposed,
     )
 
 

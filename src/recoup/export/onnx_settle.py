@@ -18,13 +18,13 @@ from recoup.export import onnx as writer
 from recoup.export.export import converted_copy
 from recoup.export.onnx_placement import Wires, shared
 from recoup.export.onnx_qdq import write
-from recoup.nn import FakeQuantizer, QuantConv1d, QuantConv2d, is_prepared, moved, output_quantizers
+from recoup.nn import FakeQuantizer, is_prepared, moved, output_quantizers
 
 
 def share_scales_of_integers(model: nn.Module) -> nn.Module:
     """The same as `share_input_scales` for onnxruntime, which it helps where convolutions are integers."""
     integers = any(
-        isinstance(module, QuantConv1d | QuantConv2d) and module.scheme.integer_bias
+        is_prepared(module) and module.inputs_are == "channels" and module.scheme.integer_bias
         for module in model.modules()
     )
     return share_input_scales(model) if integers or output_quantizers(model) else model

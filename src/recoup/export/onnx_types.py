@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import nn
 
 from recoup.export.onnx import OPSET
+from recoup.export.tracing import check_no_bag
 from recoup.nn import CodedConv
 from recoup.numerics import (
     BFLOAT16,
@@ -173,4 +174,5 @@ def check_all(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> N
     """See `check`; of every module. What the model itself can be is found when it is traced."""
     del model
     for path, (scheme, kind) in modules.items():
+        check_no_bag(path, kind)
         check(path, scheme, kind)

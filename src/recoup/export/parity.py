@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup.nn import CodedConv, CodedEmbedding, CodedLinear, CodedModule, FakeQuantizer
@@ -125,11 +124,7 @@ def _product(module: CodedLinear | CodedConv, x: Tensor, matrix: Tensor) -> Tens
     """The module's sums of products, with this matrix as its weight."""
     if isinstance(module, CodedLinear):
         return x @ matrix.T
-    weight, stride, dilation, groups = (
-        matrix.unflatten(1, (-1, *module.kernel_size)), module.stride, module.dilation, module.groups,
-    )  # fmt: skip
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return module.convolution(F.pad(x, module.edges, mode), weight, None, stride, 0, dilation, groups)
+    return module.summed(x, matrix)
 
 
 def _ties(quantizer: nn.Module, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from recoup.engines.pytorch import FILE, NOTES
 from recoup.export import pytorch_modules
-from recoup.export.tracing import first_two, free_axes, output_names, positional
+from recoup.export.tracing import check_no_bag, first_two, free_axes, output_names, positional
 from recoup.nn import Batch, evaluating, is_coded
 from recoup.schemes import Scheme
 
@@ -40,7 +40,8 @@ def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
         ValueError: they cannot; names the module.
     """
     del model
-    for path, (scheme, _) in modules.items():
+    for path, (scheme, kind) in modules.items():
+        check_no_bag(path, kind)
         pytorch_modules.check(path, scheme)
 
 

@@ -5,7 +5,8 @@
     no zero point                  tensor, dynamic or static      (`aten._int_mm`), then the scales
     any integers                   float, or integers             packed codes made float, row by row, then
                                                                   `aten.linear` in float
-    a convolution                  float, or integers             the same, then `aten.convNd`
+    a convolution                  float, or integers             the same, then `aten.convNd`, or
+                                                                  `aten.conv_transposeNd`
     an embedding                   -                              the rows that are asked for, made float
 
 An integer product is exact where sums of products are, and on x86 without VNNI they are not: oneDNN adds two
@@ -24,7 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recoup.nn import CodedConv, CodedEmbedding, CodedLinear, CodedModule, Codes, FakeQuantizer
+from recoup.nn import (
+    CodedConv,
+    CodedConvTranspose,
+    CodedEmbedding,
+    CodedLinear,
+    CodedModule,
+    Codes,
+    FakeQuantizer,
+)
 from recoup.numerics import FLOAT32, IntFormat, QuantSpec
 from recoup.schemes import Scheme
 
@@ -54,7 +63,8 @@ def kernel(scheme: Scheme, kind: type) -> str:
     if issubclass(kind, CodedEmbedding):
         return "embedding of integers made float"
     if issubclass(kind, CodedConv):
-        return "conv of integers made float"
+        transposed = issubclass(kind, CodedConvTranspose)
+        return f"conv{'_transpose' * transposed} of integers made float"
     return "_int_mm" if multiplies_integers(scheme, 1) else "linear of integers made float"
 
 
@@ -326,18 +336,12 @@ class _FloatConv(nn.Module):
     def __init__(self, module: CodedConv) -> None:
         super().__init__()
         self.weight, self.input = _Packed(module.weight), _FloatInput(module.input_quantizer)
-        self.bias, self.kernel_size = module.bias, module.kernel_size
-        self.convolution: Callable[..., Tensor] = module.convolution
-        self.padding, self.edges, self.padding_mode = module.padding, module.edges, module.padding_mode
-        self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
+        self.bias = module.bias
+        self.summed = module.summed  # reads the geometry alone
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        x, padding = self.input(input), self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.edges, mode=self.padding_mode), 0
-        weight = self.weight.matrix().unflatten(1, (-1, *self.kernel_size))
-        return self.convolution(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self.summed(self.input(input), self.weight.matrix(), self.bias)
 
 
 class _Embedding(nn.Module):

@@ -18,7 +18,7 @@ from recoup.export.trained import Layer, Stored
 from recoup.nn import (
     CODED_MODULES,
     CodedConv,
-    CodedConv1d,
+    CodedConvTranspose,
     CodedEmbedding,
     CodedModule,
     Codes,
@@ -38,7 +38,7 @@ _TYPES = {
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """What a convolution has beside its codes, as nn.Conv1d and nn.Conv2d call it."""
+    """What a convolution has beside its codes, as torch's convolutions call it."""
 
     in_channels: int
     kernel_size: tuple[int, ...]
@@ -47,13 +47,16 @@ class Convolution:
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
     dilation: tuple[int, ...]
     groups: int
+    output_padding: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, module: CodedModule) -> "Convolution | None":
         """That of a module; None for one that is no convolution."""
         if not isinstance(module, CodedConv):
             return None
-        return cls(**{name: getattr(module, name) for name in cls.__dataclass_fields__})
+        return cls(
+            **{name: getattr(module, name) for name in cls.__dataclass_fields__ if hasattr(module, name)}
+        )
 
     def edges(self) -> tuple[int, ...]:
         """The padding as F.pad takes it, last axis first."""
@@ -67,15 +70,20 @@ class Convolution:
                 pairs.append((self.padding[axis], self.padding[axis]))
         return tuple(edge for pair in pairs for edge in pair)
 
-    def check(self, path: str, axes: int, columns: int) -> None:
-        """Can a matrix of so many columns be such a convolution?
+    def check(self, path: str, kind: type[CodedConv], columns: int) -> None:
+        """Can a matrix of so many columns be such a convolution of this type?
 
         Raises:
             ValueError: no.
         """
         numbers = [self.kernel_size, self.stride, self.dilation]
         numbers += [] if isinstance(self.padding, str) else [self.padding]
-        fits = all(len(each) == axes for each in numbers)
+        transposed = issubclass(kind, CodedConvTranspose)
+        numbers += [] if self.output_padding is None else [self.output_padding]
+        fits = all(len(each) == kind.axes for each in numbers)
+        fits = fits and transposed == (self.output_padding is not None)
+        fits = fits and not (transposed and (isinstance(self.padding, str) or self.padding_mode != "zeros"))
+        fits = fits and all(0 <= edge <= _MOST_PADDING for edge in self.output_padding or ())
         fits = (
             fits and min(*self.kernel_size, *self.stride, *self.dilation, self.groups, self.in_channels) > 0
         )
@@ -170,7 +178,8 @@ def quantizer(
 def _convolution(path: str, layer: Layer, convolution: Convolution | None) -> dict[str, Any]:
     if convolution is None:
         raise ValueError(f"{path}: a convolution without its strides and padding")
-    convolution.check(path, 1 if issubclass(layer.kind, CodedConv1d) else 2, layer.shape[1])
+    assert issubclass(layer.kind, CodedConv)
+    convolution.check(path, layer.kind, layer.shape[1])
     found = {name: getattr(convolution, name) for name in convolution.__dataclass_fields__}
     return found | {
         "out_channels": layer.shape[0],

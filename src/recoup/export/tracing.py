@@ -1,14 +1,18 @@
 """What every target that traces a model asks of a batch and of the outputs."""
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, call, size_of
+from recoup.nn import CODED_MODULES, Batch, CodedEmbeddingBag, call, size_of
+
+_INSTEAD = {"output_size": "give it the output_padding that comes to this size"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,8 @@ def output_names(model: nn.Module, example: Batch, target: str) -> list[str]:
     Raises:
         ValueError: an output is not a tensor.
     """
-    result = call(model, example)
+    with _of_inputs_alone(model, target):
+        result = call(model, example)
     if isinstance(result, Tensor):
         return [""]
     named: Mapping[str, Any] = {"": result}
@@ -68,6 +73,48 @@ def output_names(model: nn.Module, example: Batch, target: str) -> list[str]:
                 "so the model must return nothing else (no cache: model.config.use_cache = False)"
             )
     return list(named)
+
+
+def check_no_bag(path: str, kind: type) -> None:
+    """A program and an ONNX graph hold no EmbeddingBag: bags begin where another input says.
+
+    Raises:
+        ValueError: it is one; says what to do.
+    """
+    if issubclass(kind, CodedEmbeddingBag):
+        raise ValueError(
+            f"{path}: a quantized EmbeddingBag has no form in this target; keep it with "
+            f"{{match: {path}, scheme: none}}, or build it of an nn.Embedding and the sum of its vectors"
+        )
+
+
+@contextmanager
+def _of_inputs_alone(model: nn.Module, target: str) -> Generator[None]:
+    """Files hold quantized modules that are functions of their input.
+
+    Raises:
+        ValueError: one is called with more; names it, and what.
+    """
+
+    def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(signature(module.forward).parameters, args, strict=False)) | kwargs
+        for name, value in list(given.items())[1:]:
+            if value is not None:
+                raise ValueError(
+                    f"{target}: {names[module]} is called with {name} beside its input, and a quantized "
+                    f"{type(module).__name__.removeprefix('Coded')} is written as a function of that alone; "
+                    f"{_INSTEAD.get(name, 'leave it out')}, or keep it with "
+                    f"{{match: {names[module]}, scheme: none}}"
+                )
+
+    paths = dict(model.named_modules())
+    names = {module: path for path, module in paths.items() if type(module) in CODED_MODULES.values()}
+    handles = [module.register_forward_pre_hook(refuse, with_kwargs=True) for module in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def free_axes(value: Any) -> dict[int, Any] | None:

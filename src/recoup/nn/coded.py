@@ -10,15 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.conv import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    transposed_weight,
+)
 from recoup.nn.experts import Experts, QuantExperts
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
 from recoup.nn.integer_bias import coded_bias
-from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantLinear
+from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantEmbeddingBag, QuantLinear
 from recoup.nn.recurrent import QuantGRU, QuantLSTM, QuantRecurrent, Rounded
 from recoup.nn.twin import QuantModule, quantizers_of, weight_of
 from recoup.numerics import QParams, QuantSpec, dequantize, quantize
 from recoup.schemes import Scheme
+
+# From the size that a caller asks to what outputs have at their end; of `self` it reads `output_padding`.
+_output_padding: Any = nn.modules.conv._ConvTransposeNd._output_padding  # pyright: ignore
 
 
 class Codes(LatticeState):
@@ -116,14 +127,15 @@ class CodedConv1D(CodedLinear):
 class CodedConv(nn.Module):
     """y = decode(codes) * Q(x) + b; a row of the codes is what one output channel sums over.
 
-    Attributes are nn.Conv1d's and nn.Conv2d's. `edges` is the padding as F.pad takes it, last axis first, in
-    every padding_mode and for padding="same" too.
+    Attributes are those of torch's convolutions. `edges` is the padding as F.pad takes it, last axis first,
+    in every padding_mode and for padding="same" too.
     """
 
+    axes: ClassVar[int]
     convolution: ClassVar[Callable[..., Tensor]]
     bias_codes: Tensor | None
 
-    def __init__(self, prepared: QuantConv1d | QuantConv2d, weight: Codes | None = None) -> None:
+    def __init__(self, prepared: Any, weight: Codes | None = None) -> None:
         super().__init__()
         self.scheme = prepared.scheme
         self.in_channels, self.out_channels = prepared.in_channels, prepared.out_channels
@@ -139,23 +151,84 @@ class CodedConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        x, padding = self.input_quantizer(input), self.padding
+        return self.summed(self.input_quantizer(input), self.weight.decode(), self.bias)
+
+    def summed(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The sums of products of this geometry, with a weight's 2-D view; padded first."""
+        padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.edges, mode=self.padding_mode), 0
-        weight = self.weight.decode().unflatten(1, (-1, *self.kernel_size))
-        return self.convolution(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        weight = matrix.unflatten(1, (-1, *self.kernel_size))
+        return self.convolution(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class CodedConv1d(CodedConv):
     """Along one axis."""
 
-    convolution = staticmethod(F.conv1d)
+    axes, convolution = 1, staticmethod(F.conv1d)
 
 
 class CodedConv2d(CodedConv):
     """Along two axes."""
 
-    convolution = staticmethod(F.conv2d)
+    axes, convolution = 2, staticmethod(F.conv2d)
+
+
+class CodedConv3d(CodedConv):
+    """Along three axes."""
+
+    axes, convolution = 3, staticmethod(F.conv3d)
+
+
+class CodedConvTranspose(CodedConv):
+    """The same of a transposed convolution: an input is spread over outputs, and its padding cuts them.
+
+    A row of the codes is what one output channel sums over here too.
+    """
+
+    def __init__(self, prepared: Any, weight: Codes | None = None) -> None:
+        super().__init__(prepared, weight)
+        self.output_padding: tuple[int, ...] = prepared.output_padding
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 (torch's)
+        """The equation."""
+        extra = _output_padding(
+            self, input, output_size, self.stride, self.padding, self.kernel_size, self.axes, self.dilation
+        )
+        return self.summed(self.input_quantizer(input), self.weight.decode(), self.bias, extra)
+
+    def summed(
+        self, x: Tensor, matrix: Tensor, bias: Tensor | None = None, extra: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The sums of products of this geometry, with a weight's 2-D view; cut afterwards.
+
+        Args:
+            x: the inputs.
+            matrix: the view.
+            bias: for each output channel.
+            extra: what outputs have at their end beyond the shortest that fits; `output_padding` by default.
+        """
+        weight = transposed_weight(matrix, self.groups, self.kernel_size)
+        extra = self.output_padding if extra is None else extra
+        return self.convolution(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+
+class CodedConvTranspose1d(CodedConvTranspose):
+    """Along one axis."""
+
+    axes, convolution = 1, staticmethod(F.conv_transpose1d)
+
+
+class CodedConvTranspose2d(CodedConvTranspose):
+    """Along two axes."""
+
+    axes, convolution = 2, staticmethod(F.conv_transpose2d)
+
+
+class CodedConvTranspose3d(CodedConvTranspose):
+    """Along three axes."""
+
+    axes, convolution = 3, staticmethod(F.conv_transpose3d)
 
 
 class CodedEmbedding(nn.Module):
@@ -170,6 +243,30 @@ class CodedEmbedding(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
         return F.embedding(input, self.weight.decode())
+
+
+class CodedEmbeddingBag(nn.Module):
+    """y = the sum, mean or maximum of decode(codes)[ids] over each bag."""
+
+    def __init__(self, prepared: QuantEmbeddingBag, weight: Codes | None = None) -> None:
+        super().__init__()
+        self.scheme = prepared.scheme
+        self.num_embeddings, self.embedding_dim = prepared.num_embeddings, prepared.embedding_dim
+        self.mode, self.padding_idx = prepared.mode, prepared.padding_idx
+        self.include_last_offset = prepared.include_last_offset
+        self.weight = Codes.of(prepared) if weight is None else weight
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 (torch's name)
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The equation."""
+        return F.embedding_bag(
+            input, self.weight.decode(), offsets, mode=self.mode, per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset, padding_idx=self.padding_idx,
+        )  # fmt: skip
 
 
 class CodedExperts(Experts):
@@ -212,7 +309,12 @@ CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantLinear: CodedLinear,
     QuantConv1d: CodedConv1d,
     QuantConv2d: CodedConv2d,
+    QuantConv3d: CodedConv3d,
+    QuantConvTranspose1d: CodedConvTranspose1d,
+    QuantConvTranspose2d: CodedConvTranspose2d,
+    QuantConvTranspose3d: CodedConvTranspose3d,
     QuantEmbedding: CodedEmbedding,
+    QuantEmbeddingBag: CodedEmbeddingBag,
     QuantConv1D: CodedConv1D,
     QuantExperts: CodedExperts,
     QuantLSTM: CodedLSTM,

@@ -10,7 +10,14 @@ from typing import ClassVar, Self, TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recoup.nn.conv import QuantConv1d, QuantConv2d
+from recoup.nn.conv import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+)
 from recoup.nn.experts import QuantExperts, is_experts
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.fused import fused_linear, fuses
@@ -123,12 +130,7 @@ class QuantEmbedding(nn.Embedding):
             ValueError: also for `max_norm`, which changes the weight during the forward pass, and for
                 sparse gradients, which rounding does not pass on.
         """
-        if module.max_norm is not None:
-            raise ValueError(
-                f"{path}: an embedding with max_norm rescales its weight as it runs; keep it in float"
-            )
-        if module.sparse:
-            raise ValueError(f"{path}: an embedding with sparse gradients asked; build it with sparse=False")
+        _rounds_like_any(module, path)
         twin = adopt(cls, module, path)
         twin.scheme = scheme
         twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
@@ -145,12 +147,67 @@ class QuantEmbedding(nn.Embedding):
         return F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
+class QuantEmbeddingBag(nn.EmbeddingBag):
+    """y = the sum, mean or maximum of Q(W)[ids] over each bag, with nn.EmbeddingBag's bags."""
+
+    inputs_are: ClassVar[Inputs] = "ids"
+    scheme: Scheme
+    weight_quantizer: FakeQuantizer
+
+    @classmethod
+    def from_float(cls, module: nn.EmbeddingBag, scheme: Scheme, path: str) -> Self:
+        """The twin of a float module; it shares the weight. Raises as `QuantEmbedding.from_float`."""
+        _rounds_like_any(module, path)
+        twin = adopt(cls, module, path)
+        twin.scheme = scheme
+        twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
+        return twin
+
+    @staticmethod
+    def matrix(module: nn.EmbeddingBag) -> Tensor:
+        """The weight itself: a row is the vector of one id."""
+        return module.weight
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 (torch's name)
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The equation."""
+        return F.embedding_bag(
+            input, self.weight_quantizer(self.weight), offsets,
+            scale_grad_by_freq=self.scale_grad_by_freq, mode=self.mode,
+            per_sample_weights=per_sample_weights, include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )  # fmt: skip
+
+
+def _rounds_like_any(module: nn.Embedding | nn.EmbeddingBag, path: str) -> None:
+    """Its weight is read as it is, and its gradient is a tensor like any.
+
+    Raises:
+        ValueError: no.
+    """
+    if module.max_norm is not None:
+        raise ValueError(
+            f"{path}: an embedding with max_norm rescales its weight as it runs; keep it in float"
+        )
+    if module.sparse:
+        raise ValueError(f"{path}: an embedding with sparse gradients asked; build it with sparse=False")
+
+
 # Keys are names, so that a type from an optional package needs no import here.
 QUANT_MODULES: dict[str, type[QuantModule]] = {
     "torch.nn.Linear": QuantLinear,
     "torch.nn.Conv1d": QuantConv1d,
     "torch.nn.Conv2d": QuantConv2d,
+    "torch.nn.Conv3d": QuantConv3d,
+    "torch.nn.ConvTranspose1d": QuantConvTranspose1d,
+    "torch.nn.ConvTranspose2d": QuantConvTranspose2d,
+    "torch.nn.ConvTranspose3d": QuantConvTranspose3d,
     "torch.nn.Embedding": QuantEmbedding,
+    "torch.nn.EmbeddingBag": QuantEmbeddingBag,
     "torch.nn.LSTM": QuantLSTM,
     "torch.nn.GRU": QuantGRU,
     "transformers.pytorch_utils.Conv1D": QuantConv1D,

@@ -16,13 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recoup.nn import Batch, call, device_of, evaluating, moved
+from recoup.nn import Batch, call, device_of, evaluating, moved, quant_type
 
-Layer = nn.Conv1d | nn.Conv2d | nn.Linear
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed | nn.Linear
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 # The layers, and how many axes their output has where the norm's channels are the layer's outputs.
-_AXES: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Linear: 2}
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_AXES: dict[type[nn.Module], int] = {
+    nn.Conv1d: 3,
+    nn.Conv2d: 4,
+    nn.Conv3d: 5,
+    nn.Linear: 2,
+    nn.ConvTranspose1d: 3,
+    nn.ConvTranspose2d: 4,
+    nn.ConvTranspose3d: 5,
+}
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +59,8 @@ class _Pair:
 def fuse(model: nn.Module, example: Batch) -> nn.Module:
     """Fold every BatchNorm into the convolution or linear layer right before it; in place, returns the model.
 
-    A norm is folded when its input is the very tensor that an nn.Conv1d, nn.Conv2d or nn.Linear returned and
-    each of the two runs once. It becomes an nn.Identity; the layer keeps its weight as the same Parameter,
+    A norm is folded when its input is the very tensor that a convolution or an nn.Linear returned and each of
+    the two runs once. It becomes an nn.Identity; the layer keeps its weight as the same Parameter,
     and gets a bias if it had none. Every other norm stays, and all do where the model returns no tensors to
     compare. A model without BatchNorm is not even run.
     Never changes what the model computes in evaluation, nor which modules are in training mode.
@@ -160,7 +169,7 @@ def _fold(model: nn.Module, pair: _Pair, *, training: bool) -> Callable[[], None
 
     constant = (-pair.mean if bias is None else bias.double() - pair.mean) * factor
     constant = constant + norm.bias.double() if norm.affine else constant
-    layer.weight.data.copy_(weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1)))
+    layer.weight.data.copy_(_scaled(layer, factor))
     if bias is None:
         made = nn.Parameter(constant.to(weight.dtype), requires_grad=layer.weight.requires_grad)
         layer.register_parameter("bias", made)
@@ -177,6 +186,15 @@ def _fold(model: nn.Module, pair: _Pair, *, training: bool) -> Callable[[], None
         _replace(model, identity, norm)
 
     return undo
+
+
+def _scaled(layer: Layer, factor: Tensor) -> Tensor:
+    """The weight with every output channel multiplied by its factor, in float64."""
+    weight = layer.weight.double()
+    if isinstance(layer, Transposed):  # (inputs, outputs of a group, places)
+        of_groups = weight.unflatten(0, (layer.groups, -1))
+        return (of_groups * factor.reshape(layer.groups, 1, -1, *[1] * (weight.ndim - 2))).flatten(0, 1)
+    return weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _replace(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
@@ -198,7 +216,9 @@ def _shaken(pairs: list[_Pair]) -> Generator[None]:
     def shake(pair: _Pair) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def add_error(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
             del layer
-            matrix = pair.layer.weight.flatten(1).double()
+            kind = quant_type(pair.layer)
+            assert kind is not None
+            matrix = kind.matrix(pair.layer).double()
             size = matrix.shape[1] ** 0.5 * matrix.norm(dim=1) * args[0].double().square().mean().sqrt()
             size = size + pair.mean.abs() + (0 if pair.layer.bias is None else pair.layer.bias.double().abs())
             sign = torch.randint(0, 2, size.shape, generator=signs).to(size.device) * 2 - 1
