@@ -40,8 +40,8 @@ _log = logging.getLogger("recoup")
 HEADS = frozenset(
     {"lm_head", "head", "classifier", "score", "cls", "qa_outputs", "embed_out", "output_projection"}
 )
-# Of at least two dimensions and this share of the model: too large to leave in float without being told.
-LARGE = 0.01
+# Modules without a quantized form may hold so much of the matrices that are not meant to stay in float.
+LEFT_OUT = 0.05
 _QUANTIZABLE = (
     f"{', '.join(name.removeprefix('torch.') for name in QUANT_MODULES)}, with weights of their own"
 )
@@ -62,8 +62,8 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
 
     Raises:
         ValueError: a rule that matches nothing; a layer that its groups do not divide, or whose inputs
-            cannot have the scheme's; tied weights that are not quantized alike; a large parameter in a
-            module that has no quantized form, and no rule that keeps it; nothing to quantize; a name in
+            cannot have the scheme's; tied weights that are not quantized alike; too many parameters in
+            modules that have no quantized form, and no rule that keeps them; nothing to quantize; a name in
             `outputs` that is no module's, or a scheme whose inputs have no numbers for them; a KV cache
             that the model has not, or that cannot be reached.
 
@@ -100,7 +100,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     caches = () if recipe.kv is None else tuple(caching(model))
     plan = Plan(schemes=schemes, modules=modules, kept=kept, outputs=outputs, kv=recipe.kv, caches=caches)
     _tied_weights_are_alike(model, plan)
-    _nothing_large_is_left_out(model, kept)
+    _little_is_left_out(model, kept)
     if not modules:
         raise ValueError(
             "nothing to quantize: "
@@ -222,7 +222,7 @@ def _decide(
     if in_router and (kind is None or rule is None):
         return "router, kept unless a rule names it" if rule is None else f"router, and {_no_form(module)}"
     if kind is None:
-        return "norm" if "norm" in type(module).__name__.lower() else _no_form(module)
+        return _kept_by_type(module)
     if rule is not None and rule.scheme is not None:
         return _with_ranges(rule.scheme, recipe)
     if name in tied:
@@ -352,21 +352,21 @@ def _holder(model: nn.Module, name: str) -> nn.Module:
     return dict(model.named_modules()).get(name, model)
 
 
-def _nothing_large_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
-    parameters = dict(model.named_parameters())
-    total = sum(parameter.numel() for parameter in parameters.values())
-    left_out = [
-        f"{path} ({' x '.join(map(str, parameter.shape))}, {kept[path]})"
-        for path, parameter in parameters.items()
+def _little_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
+    matrices = {path: parameter for path, parameter in model.named_parameters() if parameter.ndim >= 2}
+    left_out = {
+        path: parameter
+        for path, parameter in matrices.items()
         if kept.get(path, "").startswith(("no quantized form", "norm"))
-        and parameter.ndim >= 2
-        and parameter.numel() >= LARGE * total
-    ]
-    if left_out:
-        path = left_out[0].split(" ")[0]
-        module = path.rpartition(".")[0] or path
+    }
+    left = sum(parameter.numel() for parameter in left_out.values())
+    share = left / max(1, left + sum(matrices[path].numel() for path in matrices.keys() - kept.keys()))
+    if share > LEFT_OUT:
+        by_size = sorted(left_out, key=lambda path: -left_out[path].numel())
+        named = [f"{path} ({' x '.join(map(str, left_out[path].shape))}, {kept[path]})" for path in by_size]
+        module = by_size[0].rpartition(".")[0] or by_size[0]
         raise ValueError(
-            f"{len(left_out)} large parameters would stay in float: {'; '.join(_first(left_out, 3))}. "
+            f"{share:.0%} of the matrices would stay in float: {'; '.join(_first(named, 3))}. "
             f"Keep them knowingly with rules such as {{match: {module}, scheme: none}}; "
             f"quantized can be exactly {_QUANTIZABLE}{_of_attention(model, module)}"
         )
@@ -386,6 +386,14 @@ def _first(items: list[str], count: int) -> Iterator[str]:
 
 def _reasons(kept: dict[str, str]) -> str:
     return ", ".join(sorted(set(kept.values())))
+
+
+def _kept_by_type(module: nn.Module) -> str:
+    """Why the parameters of a module without a quantized form stay in float."""
+    name = type(module).__name__.lower()
+    if isinstance(module, nn.Embedding) or "embedding" in name:
+        return f"embedding, and {_no_form(module)}"
+    return "norm" if "norm" in name else _no_form(module)
 
 
 def _no_form(module: nn.Module) -> str:

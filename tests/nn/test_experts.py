@@ -341,7 +341,7 @@ def test_a_forward_of_ones_own_is_refused() -> None:
 
     other = Layer(Other(mixture().config))
     refused(
-        other, "w8a16", r"large parameters would stay in float: experts\.gate_up_proj .*no quantized form of"
+        other, "w8a16", r"of the matrices would stay in float: experts\.gate_up_proj .*no quantized form of"
     )
 
 
@@ -349,7 +349,7 @@ def test_what_the_decorator_did_not_initialize_is_refused() -> None:
     layer = layer_of()
     del layer.experts.is_transposed
     refused(
-        layer, "w8a16", r"large parameters would stay in float: experts\.gate_up_proj .*no quantized form of"
+        layer, "w8a16", r"of the matrices would stay in float: experts\.gate_up_proj .*no quantized form of"
     )
 
 

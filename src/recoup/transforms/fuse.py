@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recoup.nn import Batch, call, device_of, evaluating, moved, quant_type
+from recoup.nn import Batch, call, device_of, evaluating, moved, quant_type, weight_of
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed | nn.Linear
@@ -218,7 +218,7 @@ def _shaken(pairs: list[_Pair]) -> Generator[None]:
             del layer
             kind = quant_type(pair.layer)
             assert kind is not None
-            matrix = kind.matrix(pair.layer).double()
+            matrix = weight_of(kind, pair.layer, "weight").matrix.double()
             size = matrix.shape[1] ** 0.5 * matrix.norm(dim=1) * args[0].double().square().mean().sqrt()
             size = size + pair.mean.abs() + (0 if pair.layer.bias is None else pair.layer.bias.double().abs())
             sign = torch.randint(0, 2, size.shape, generator=signs).to(size.device) * 2 - 1
