@@ -3,7 +3,15 @@
 import torch
 from torch import nn
 
-from recoup.nn import CODED_MODULES, OUTPUT, Codes, FakeQuantizer, is_prepared, output_quantizer_of
+from recoup.nn import (
+    CODED_MODULES,
+    OUTPUT,
+    Codes,
+    FakeQuantizer,
+    is_prepared,
+    output_quantizer_of,
+    refuse_peft,
+)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -12,9 +20,11 @@ def convert(model: nn.Module) -> nn.Module:
     The codes are decided here, once, in float32, from the master weights and the qparams that fake
     quantization used; every later step moves codes. What the model computes does not change by a bit.
 
+    Adapters of `add_lora` are part of the weight.
+
     Raises:
-        ValueError: nothing is prepared, a quantizer is switched off or not calibrated, or a weight is not
-            finite.
+        ValueError: nothing is prepared, a quantizer is switched off or not calibrated, a weight is not
+            finite, or layers are PEFT's.
 
     >>> import torch, recoup
     >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4))
@@ -22,6 +32,7 @@ def convert(model: nn.Module) -> nn.Module:
     >>> model[0].weight.codes.dtype, tuple(model[0].weight.scale.shape)
     (torch.int8, (4, 1))
     """
+    refuse_peft(model)
     for quantizer in (module for module in model.modules() if isinstance(module, FakeQuantizer)):
         if not quantizer.enabled:
             raise ValueError(
@@ -32,7 +43,7 @@ def convert(model: nn.Module) -> nn.Module:
                 f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) first"
             )
     for name, module in model.named_modules():
-        if is_prepared(module) and not torch.isfinite(module.weight).all():
+        if is_prepared(module) and not torch.isfinite(module.matrix(module)).all():
             raise ValueError(f"{name}.weight: holds values that are not finite; training went wrong before")
     coded = {
         module: CODED_MODULES[type(module)](module)

@@ -22,6 +22,7 @@ from recoup.nn import (
     quant_type,
     quantize_cache,
     quantize_output,
+    refuse_peft,
 )
 from recoup.numerics import QuantSpec, kernels, per_tensor
 from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
@@ -51,7 +52,8 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     Raises:
         ValueError: a rule that matches nothing; a layer that its groups do not divide, or whose inputs
             cannot have the scheme's; tied weights that are not quantized alike; a large parameter in a
-            module that has no quantized form, and no rule that keeps it; nothing to quantize; a name in
+            module that has no quantized form, and no rule that keeps it; nothing to quantize; layers of
+            PEFT's; a name in
             `outputs` that is no module's, or a scheme whose inputs have no numbers for them; a KV cache
             that the model has not, or that cannot be reached.
 
@@ -61,6 +63,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.model_validate({"scheme": recipe})
+    refuse_peft(model)
     if any(isinstance(module, (FakeQuantizer, Codes)) for module in model.modules()):
         raise ValueError("the model is prepared already; resolve looks at the float model")
     _every_rule_matches(model, recipe.rules)
@@ -119,6 +122,7 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
             the model, a weight is not finite, torch would run the layer around a module without asking it,
             or compiled kernels are asked where they cannot be made; the model is then as it was.
     """
+    refuse_peft(model)
     modules = dict(model.named_modules())
     _no_fast_path(modules, plan)
     chosen = _chosen(impl, [modules[name] for name in plan.modules if name in modules])
