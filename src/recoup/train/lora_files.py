@@ -70,7 +70,7 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
         save_file(tensors, files[0], metadata={"format": "pt"})
         files[1].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     except (OSError, SafetensorError) as error:
-        for file in files:
+        for file in files if folder.is_dir() else ():
             file.unlink(missing_ok=True)
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise OSError(f"{folder}: cannot be written ({reason}); nothing of it is left") from None
@@ -136,8 +136,8 @@ def _config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: no configuration of LoRA; load_lora reads PEFT's adapters of that type")
     for key in ("r", "lora_alpha"):
-        if key not in config:
-            raise ValueError(f"{file}: {key}: missing")
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise ValueError(f"{file}: {key}: {config.get(key)!r} found; it is a number above 0")
     for key, value in config.items():
         plain = value in _PLAIN[key] if key in _PLAIN else key in _READ | _NEUTRAL or not value
         if not plain:
