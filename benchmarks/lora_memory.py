@@ -2,8 +2,8 @@
 
     python benchmarks/lora_memory.py ~/.cache/recoup/smollm2-135m-*
 
-Three AdamW steps each. Counted is what is resident above a process that has imported all libraries and has its
-kernels compiled: float weights, gradients, the optimizer's state, codes, activations and whatever one
+Three AdamW steps each. Counted is what is resident above a process that has imported all libraries and has
+its kernels compiled: float weights, gradients, the optimizer's state, codes, activations and whatever one
 operation needs, at their highest.
 """
 
