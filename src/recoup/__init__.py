@@ -11,7 +11,7 @@ from recoup.ladder import Result, ptq, recover
 from recoup.numerics import QuantSpec
 from recoup.prepare import prepare, resolve
 from recoup.schemes import Plan, Recipe, Rule, Scheme, TrainSettings
-from recoup.train import param_groups, train
+from recoup.train import add_lora, load_lora, merge_lora, param_groups, save_lora, train
 from recoup.validate import Gate, Samples, Verdict
 
 __all__ = [
@@ -25,15 +25,19 @@ __all__ = [
     "Scheme",
     "TrainSettings",
     "Verdict",
+    "add_lora",
     "calibrate",
     "convert",
     "explain",
     "export",
+    "load_lora",
+    "merge_lora",
     "param_groups",
     "prepare",
     "ptq",
     "recover",
     "resolve",
+    "save_lora",
     "train",
 ]
 

@@ -9,8 +9,10 @@ from recoup.nn import (
     Codes,
     FakeQuantizer,
     is_prepared,
+    matrices_of,
     output_quantizer_of,
     quantizers_of,
+    refuse_peft,
 )
 
 
@@ -20,9 +22,11 @@ def convert(model: nn.Module) -> nn.Module:
     The codes are decided here, once, in float32, from the master weights and the qparams that fake
     quantization used; every later step moves codes. What the model computes does not change by a bit.
 
+    Adapters of `add_lora` are part of the weight.
+
     Raises:
-        ValueError: nothing is prepared, a quantizer is switched off or not calibrated, or a weight is not
-            finite.
+        ValueError: nothing is prepared, a quantizer is switched off or not calibrated, a weight is not
+            finite, or layers are PEFT's.
 
     >>> import torch, recoup
     >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4))
@@ -30,6 +34,7 @@ def convert(model: nn.Module) -> nn.Module:
     >>> model[0].weight.codes.dtype, tuple(model[0].weight.scale.shape)
     (torch.int8, (4, 1))
     """
+    refuse_peft(model)
     for quantizer in (module for module in model.modules() if isinstance(module, FakeQuantizer)):
         if not quantizer.enabled:
             raise ValueError(
@@ -40,8 +45,8 @@ def convert(model: nn.Module) -> nn.Module:
                 f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) first"
             )
     for name, module in model.named_modules():
-        for leaf in quantizers_of(module) if is_prepared(module) else ():
-            if not torch.isfinite(getattr(module, leaf)).all():
+        for leaf, matrix in matrices_of(module).items() if is_prepared(module) else ():
+            if not torch.isfinite(matrix).all():
                 raise ValueError(
                     f"{name}.{leaf}: holds values that are not finite; training went wrong before"
                 )

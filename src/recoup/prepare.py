@@ -23,11 +23,15 @@ from recoup.nn import (
     check_surroundings,
     device_of,
     is_prepared,
+    kept_by_type,
+    no_form,
     quant_type,
     quantize_cache,
     quantize_output,
     quantizers_of,
+    refuse_peft,
     routers,
+    type_name,
     weight_names,
     weight_of,
 )
@@ -63,7 +67,8 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     Raises:
         ValueError: a rule that matches nothing; a layer that its groups do not divide, or whose inputs
             cannot have the scheme's; tied weights that are not quantized alike; too many parameters in
-            modules that have no quantized form, and no rule that keeps them; nothing to quantize; a name in
+            modules that have no quantized form, and no rule that keeps them; nothing to quantize; layers
+            of PEFT's; a name in
             `outputs` that is no module's, or a scheme whose inputs have no numbers for them; a KV cache
             that the model has not, or that cannot be reached.
 
@@ -73,6 +78,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     """
     if not isinstance(recipe, Recipe):
         recipe = parse(Recipe, {"scheme": recipe}, "resolve")
+    refuse_peft(model)
     if any(isinstance(module, (FakeQuantizer, Codes)) for module in model.modules()):
         raise ValueError("the model is prepared already; resolve looks at the float model")
     _every_rule_matches(model, recipe.rules)
@@ -131,6 +137,7 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
             the model, a weight is not finite, torch would run the layer around a module without asking it,
             or compiled kernels are asked where they cannot be made; the model is then as it was.
     """
+    refuse_peft(model)
     modules = dict(model.named_modules())
     check_surroundings(modules, plan)
     chosen = _chosen(impl, [modules[name] for name in plan.modules if name in modules])
@@ -147,7 +154,7 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
             )
         twin = quant_type(module)
         if twin is None:
-            raise ValueError(f"{name}: a {_type_name(module)} has no quantized form, or is prepared already")
+            raise ValueError(f"{name}: a {type_name(module)} has no quantized form, or is prepared already")
         check_shape(name, module, plan[name])
         prepared = twins[module] = twin.from_float(module, plan[name], name)
         assert is_prepared(prepared)
@@ -220,9 +227,9 @@ def _decide(
         return f"rule {rule.match!r}"
     in_router = not choosing.isdisjoint(_with_parents(name))
     if in_router and (kind is None or rule is None):
-        return "router, kept unless a rule names it" if rule is None else f"router, and {_no_form(module)}"
+        return "router, kept unless a rule names it" if rule is None else f"router, and {no_form(module)}"
     if kind is None:
-        return _kept_by_type(module)
+        return kept_by_type(module)
     if rule is not None and rule.scheme is not None:
         return _with_ranges(rule.scheme, recipe)
     if name in tied:
@@ -267,7 +274,7 @@ def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
             )
             raise ValueError(f"rule {rule.match!r} matches no module; {hint}")
         if rule.scheme is not None and not any(quant_type(owners[name]) for name in matched):
-            kinds = sorted({_type_name(owners[name]) for name in matched})
+            kinds = sorted({type_name(owners[name]) for name in matched})
             raise ValueError(
                 f"rule {rule.match!r} matches only modules without a quantized form: {', '.join(kinds)}; "
                 f"there is one of exactly {_QUANTIZABLE}{_of_attention(model, matched[0])}"
@@ -386,19 +393,3 @@ def _first(items: list[str], count: int) -> Iterator[str]:
 
 def _reasons(kept: dict[str, str]) -> str:
     return ", ".join(sorted(set(kept.values())))
-
-
-def _kept_by_type(module: nn.Module) -> str:
-    """Why the parameters of a module without a quantized form stay in float."""
-    name = type(module).__name__.lower()
-    if isinstance(module, nn.Embedding) or "embedding" in name:
-        return f"embedding, and {_no_form(module)}"
-    return "norm" if "norm" in name else _no_form(module)
-
-
-def _no_form(module: nn.Module) -> str:
-    return f"no quantized form of {_type_name(module)}"
-
-
-def _type_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"

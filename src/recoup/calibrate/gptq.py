@@ -122,6 +122,11 @@ def check_layers(model: nn.Module) -> None:
         raise ValueError("gptq: the plan quantizes no linear layer with a weight of its own; leave it out")
     for module in cast(Any, layers):
         quantizer = module.weight_quantizer
+        if module.lora is not None:
+            raise ValueError(
+                f"{quantizer.path}: gptq moves the weight, and an adapter adds to it; call recoup.merge_lora "
+                "first"
+            )
         if quantizer.spec.ranges == "dynamic":
             raise ValueError(
                 f"{quantizer.path}: its scales follow the weight, and gptq decides them; use static ranges"

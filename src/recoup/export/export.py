@@ -32,6 +32,7 @@ from recoup.nn import (
     moved,
     output_quantizers,
     quant_type,
+    refuse_peft,
     size_of,
 )
 from recoup.schemes import Plan, Scheme
@@ -149,12 +150,14 @@ def export(
         it with later is in artefact.json and artefact.tensors.
 
     Raises:
-        ValueError: no such target, the folder is not empty, no example, or the engine cannot run a scheme.
+        ValueError: no such target, the folder is not empty, no example, layers of PEFT's, or a scheme that
+            the engine cannot run.
         ImportError: the target's libraries are not installed; names the extra.
         OSError: the folder cannot be written, as on a disk that is full. Nothing is left behind.
         ParityError: the artefact is not what was trained. Nothing is left behind.
     """
     writer = usable(target)
+    refuse_peft(model)
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not empty; choose another folder, or remove it")

@@ -1,7 +1,8 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
 `fake_quantizer.py` is one tensor, `modules.py`, `conv.py`, `experts.py` and `recurrent.py` the prepared
-modules (`twin.py` is what they have in common, `fits.py` what they refuse), `output.py` the output of any
+modules (`twin.py` is what they have in common, `lora.py` an adapter inside of one,
+`fits.py` what they refuse), `output.py` the output of any
 module, `coded.py` the converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is called.
 """
 
@@ -37,9 +38,10 @@ from recoup.nn.conv import (
 )
 from recoup.nn.experts import QuantExperts, routers
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
-from recoup.nn.fits import check_shape, check_surroundings
+from recoup.nn.fits import check_shape, check_surroundings, kept_by_type, no_form, type_name
 from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
+from recoup.nn.lora import LoRA, low_rank_of, refuse_peft
 from recoup.nn.modules import (
     QUANT_MODULES,
     QuantConv1D,
@@ -56,6 +58,7 @@ from recoup.nn.twin import (
     QuantModule,
     SeveralWeights,
     Weight,
+    matrices_of,
     quantizers_of,
     weight_names,
     weight_of,
@@ -84,6 +87,7 @@ __all__ = [
     "CodedModule",
     "Codes",
     "FakeQuantizer",
+    "LoRA",
     "NonFiniteError",
     "OneWeight",
     "QuantConv1D",
@@ -112,8 +116,12 @@ __all__ = [
     "evaluating",
     "is_coded",
     "is_prepared",
+    "kept_by_type",
+    "low_rank_of",
     "make_room",
+    "matrices_of",
     "moved",
+    "no_form",
     "output_quantizer_of",
     "output_quantizers",
     "quant_type",
@@ -121,9 +129,11 @@ __all__ = [
     "quantize_cache",
     "quantize_output",
     "quantizers_of",
+    "refuse_peft",
     "routers",
     "seen_bias",
     "size_of",
+    "type_name",
     "weight_names",
     "weight_of",
     "without_labels",

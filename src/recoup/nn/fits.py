@@ -71,3 +71,21 @@ def check_surroundings(modules: dict[str, nn.Module], plan: Plan) -> None:
                 f"{name}: its forward was replaced on the instance, as use_kernels=True does, and may "
                 f"compute with the float weights of {experts}; load the model without it"
             )
+
+
+def kept_by_type(module: nn.Module) -> str:
+    """Why the parameters of a module without a quantized form stay in float."""
+    name = type(module).__name__.lower()
+    if isinstance(module, nn.Embedding) or "embedding" in name:
+        return f"embedding, and {no_form(module)}"
+    return "norm" if "norm" in name else no_form(module)
+
+
+def no_form(module: nn.Module) -> str:
+    """That nothing here quantizes modules of this type."""
+    return f"no quantized form of {type_name(module)}"
+
+
+def type_name(module: nn.Module) -> str:
+    """Of a module, as one imports it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"

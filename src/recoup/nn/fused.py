@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.kept_input import kept_input
 from recoup.nn.kept_weight import kept_weight
+from recoup.numerics import LowRank
 from recoup.numerics.kernels import KERNELS, linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -39,8 +40,9 @@ def fused_linear(
     bias: Tensor | None,
     input_quantizer: FakeQuantizer | nn.Identity,
     weight_quantizer: FakeQuantizer,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
-    """F.linear(input_quantizer(x), weight_quantizer(weight), bias), the same to the bit.
+    """F.linear(input_quantizer(x), weight_quantizer(weight + low_rank), bias), the same to the bit.
 
     Args:
         x: (..., in).
@@ -48,6 +50,7 @@ def fused_linear(
         bias: (out), or none.
         input_quantizer: of x; an Identity leaves it in float.
         weight_quantizer: of the weight.
+        low_rank: a product beside the weight, or none.
 
     Raises:
         NonFiniteError: x or the weight is not finite.
@@ -57,7 +60,7 @@ def fused_linear(
         codes = kept_input(input_quantizer, x)
         learned = input_quantizer.spec.ranges == "learned"  # with gradients, then
         of_x = input_quantizer.stored_qparams if learned else codes.qparams, codes
-    codes = kept_weight(weight_quantizer, weight)
+    codes = kept_weight(weight_quantizer, weight, low_rank)
     learned = weight_quantizer.spec.ranges == "learned"
     of_weight = weight_quantizer.stored_qparams if learned else codes.qparams, codes
-    return linear(x, of_x, weight, of_weight, bias, KERNELS[weight_quantizer.impl])
+    return linear(x, of_x, weight, of_weight, bias, KERNELS[weight_quantizer.impl], low_rank)

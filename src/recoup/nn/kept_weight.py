@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recoup.nn.fake_quantizer import FakeQuantizer
-from recoup.numerics import QuantSpec
+from recoup.numerics import LowRank, QuantSpec, merged
 from recoup.numerics.kernels import Kept
 
 
@@ -51,16 +51,20 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def kept_weight(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
+def kept_weight(quantizer: FakeQuantizer, weight: Tensor, low_rank: LowRank | None = None) -> Kept:
     """The codes of a weight's 2-D view; decided again only if it, or its scales, may have changed.
+
+    With a product of low rank beside it, they are the codes of the sum, which nothing keeps.
 
     Raises:
         NonFiniteError: the weight is not finite.
     """
-    held = (weight, quantizer.scale, quantizer.zero_point, quantizer.offset, quantizer.global_scale)
+    product = () if low_rank is None else (low_rank.A, low_rank.B)
+    scales = (quantizer.scale, quantizer.zero_point, quantizer.offset, quantizer.global_scale)
+    held = (weight, *product, *scales)
     state = [tensor for tensor in held if tensor is not None]
     if not torch.is_grad_enabled() or any(tensor.is_inference() for tensor in state):
-        return _decided(quantizer, weight)  # inference tensors have no version number
+        return _decided(quantizer, merged(weight, low_rank))  # inference tensors have no version number
     storages = [tensor.untyped_storage() for tensor in state]
     places = [(s._cdata, t.storage_offset(), t.dtype) for s, t in zip(storages, state, strict=True)]  # pyright: ignore[reportPrivateUsage]
     times = _steps, quantizer.loads, [tensor._version for tensor in state]  # pyright: ignore[reportPrivateUsage]
@@ -73,7 +77,8 @@ def kept_weight(quantizer: FakeQuantizer, weight: Tensor) -> Kept:
         over, references = found.codes.values, found.references
     else:
         return found.codes
-    codes = _decided(quantizer, weight, over)
+    with torch.no_grad():
+        codes = _decided(quantizer, merged(weight, low_rank), over)
     _kept[quantizer] = _Entry(quantizer.spec, quantizer.impl, references, places, times, codes)
     return codes
 

@@ -22,18 +22,21 @@ from recoup.nn.experts import QuantExperts, is_experts
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.fused import fused_linear, fuses
 from recoup.nn.integer_bias import seen_bias
+from recoup.nn.lora import LoRA, low_rank_of
 from recoup.nn.recurrent import QuantGRU, QuantLSTM
 from recoup.nn.twin import Inputs, QuantModule, adopt, input_quantizer, weight_names, weight_quantizer
+from recoup.numerics import merged
 from recoup.schemes import Scheme
 
 
 class QuantLinear(nn.Linear):
-    """y = Q(x) Q(W)^T + b."""
+    """y = Q(x) Q(W)^T + b, or y = Q(x) Q(W + s B A)^T + b with an adapter."""
 
     inputs_are: ClassVar[Inputs] = "tokens"
     scheme: Scheme
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | nn.Identity
+    lora: LoRA | None
 
     @classmethod
     def from_float(cls, module: nn.Linear, scheme: Scheme, path: str) -> Self:
@@ -48,29 +51,26 @@ class QuantLinear(nn.Linear):
             ValueError: the weight does not fit the scheme's blocks or is not finite.
         """
         twin = adopt(cls, module, path)
-        twin.scheme = scheme
+        twin.scheme, twin.lora = scheme, None
         twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
         twin.input_quantizer = input_quantizer(module.in_features, scheme, path, module.weight.device)
         return twin
 
     @staticmethod
     def matrix(module: nn.Linear) -> Tensor:
-        """The weight itself."""
-        return module.weight
+        """The weight itself, with what an adapter adds."""
+        return merged(module.weight, low_rank_of(module))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        if fuses(input, self.input_quantizer, self.weight_quantizer):
-            return fused_linear(
-                input, self.weight, seen_bias(self), self.input_quantizer, self.weight_quantizer
-            )
-        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), seen_bias(self))
+        return _linear(self, input, self.weight)
 
 
 class QuantConv1D(nn.Module):
-    """y = Q(x) Q(W^T)^T + b: GPT-2's linear layer, from transformers, whose weight is (in, out).
+    """y = Q(x) Q(W^T)^T + b, or y = Q(x) Q(W^T + s B A)^T + b with an adapter.
 
-    It has nothing to do with nn.Conv1d but the name.
+    GPT-2's linear layer, from transformers, whose weight is (in, out). It has nothing to do with nn.Conv1d
+    but the name.
     """
 
     inputs_are: ClassVar[Inputs] = "tokens"
@@ -81,20 +81,21 @@ class QuantConv1D(nn.Module):
     scheme: Scheme
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | nn.Identity
+    lora: LoRA | None
 
     @classmethod
     def from_float(cls, module: nn.Module, scheme: Scheme, path: str) -> Self:
         """The twin of a float module; it shares every Parameter. See `QuantLinear.from_float`."""
         twin = adopt(cls, module, path)
-        twin.scheme = scheme
+        twin.scheme, twin.lora = scheme, None
         twin.weight_quantizer = weight_quantizer(cls.matrix(twin), scheme, path)
         twin.input_quantizer = input_quantizer(twin.nx, scheme, path, twin.weight.device)
         return twin
 
     @staticmethod
     def matrix(module: "QuantConv1D") -> Tensor:
-        """The weight as (out, in)."""
-        return module.weight.T
+        """The weight as (out, in), with what an adapter adds."""
+        return merged(module.weight.T, low_rank_of(module))
 
     @property
     def in_features(self) -> int:
@@ -108,11 +109,16 @@ class QuantConv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The equation."""
-        if fuses(x, self.input_quantizer, self.weight_quantizer):
-            return fused_linear(
-                x, self.weight.T, seen_bias(self), self.input_quantizer, self.weight_quantizer
-            )
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight.T), seen_bias(self))
+        return _linear(self, x, self.weight.T)
+
+
+def _linear(module: QuantLinear | QuantConv1D, x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear of quantized tensors, as one function where that is the same."""
+    low_rank = None if module.lora is None else module.lora.drawn()
+    of_x, of_weight = module.input_quantizer, module.weight_quantizer
+    if fuses(x, of_x, of_weight):
+        return fused_linear(x, weight, seen_bias(module), of_x, of_weight, low_rank)
+    return F.linear(of_x(x), of_weight(merged(weight, low_rank)), seen_bias(module))
 
 
 class QuantEmbedding(nn.Embedding):

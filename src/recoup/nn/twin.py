@@ -117,6 +117,12 @@ def quantizers_of(prepared: Any) -> dict[str, FakeQuantizer]:
     return {name: getattr(prepared, f"{name}_quantizer") for name in names}
 
 
+def matrices_of(prepared: Any) -> dict[str, Tensor]:
+    """The 2-D views of a prepared module's weights, by the names of their Parameters."""
+    kind = type(prepared)
+    return {name: weight_of(kind, prepared, name).matrix for name in weight_names(kind, prepared)}
+
+
 def adopt(cls: type[Module], module: nn.Module, path: str) -> Module:
     """An instance of `cls` with all that `module` holds: the same Parameters, buffers, hooks and flags.
 

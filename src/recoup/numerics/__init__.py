@@ -2,7 +2,7 @@
 
 Pure functions on 2-D tensors; this room imports torch and nothing of recoup. Read `formats.py`,
 `integers.py`, `floats.py`, `levels.py`, `granularity.py`, `scale_rules.py`, `spec.py`, `quantize.py`,
-`fake_quantize.py` and `learned.py`, in that order.
+`fake_quantize.py`, `learned.py` and `low_rank.py`, in that order.
 """
 
 from recoup.numerics.fake_quantize import fake_quantize
@@ -33,6 +33,7 @@ from recoup.numerics.granularity import (
 from recoup.numerics.integers import MXINT8, FixedFormat, IntFormat
 from recoup.numerics.learned import learned_qparams, storable_straight_through
 from recoup.numerics.levels import BINARY, NF4, STRETCHED, TERNARY, LevelFormat, StretchedFormat
+from recoup.numerics.low_rank import LowRank, merged
 from recoup.numerics.quantize import (
     choose_global_scale,
     choose_qparams,
@@ -67,6 +68,7 @@ __all__ = [
     "Granularity",
     "IntFormat",
     "LevelFormat",
+    "LowRank",
     "PowerOfTwo",
     "QParams",
     "QuantSpec",
@@ -82,6 +84,7 @@ __all__ = [
     "fake_quantize",
     "is_finite",
     "learned_qparams",
+    "merged",
     "per_block",
     "per_channel",
     "per_group",

@@ -148,6 +148,30 @@ class GateSettings(_Section):
         return self
 
 
+class LoraSettings(_Section):
+    """Adapters of low rank, in PEFT's words and with its defaults.
+
+    Args:
+        rank: of every adapter; `r` there.
+        alpha: the product is scaled by alpha / rank.
+        targets: linear layers, by their names or the ends of these; or one regular expression for the whole
+            name; "all-linear" is every quantized one.
+        dropout: share of the columns of A that a training pass leaves out, for all tokens alike.
+        rslora: scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
+    """
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=8.0, gt=0)
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """What the product is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
 class TrainSettings(_Section):
     """Quantization-aware training.
 
@@ -178,6 +202,10 @@ class TrainSettings(_Section):
         checkpoint_every: steps between checkpoints, where training has a folder for them.
         activation_checkpointing: activations are computed again for the gradient instead of kept; the same
             result to the bit, in less memory and more time.
+        parameters: "scales" trains learned scales and offsets alone (EfficientQAT's end-to-end phase, Chen et
+            al. 2024, arXiv:2407.11062, section 3.3).
+        lora: trains adapters, and scales that are learned, in place of everything; they are merged at the
+            end.
     """
 
     steps: int = Field(default=500, ge=1)
@@ -199,6 +227,19 @@ class TrainSettings(_Section):
     early_stop: int | None = Field(default=None, ge=1)
     checkpoint_every: int = Field(default=50, ge=1)
     activation_checkpointing: bool = False
+    parameters: Literal["all", "scales"] = "all"
+    lora: LoraSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_choice_of_parameters(self) -> "TrainSettings":
+        if self.lora is not None and self.parameters == "scales":
+            raise ValueError("lora and parameters: scales asked; adapters train, or scales alone do")
+        if self.lora is not None and self.lora.dropout and "task" not in self.loss:
+            raise ValueError(
+                f"lora.dropout {self.lora.dropout} asked, but a loss without task follows the float model "
+                "without noise; set it to 0, or mix in task"
+            )
+        return self
 
     @model_validator(mode="after")
     def _leaves_steps(self) -> "TrainSettings":

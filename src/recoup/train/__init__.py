@@ -2,6 +2,8 @@
 
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError
+from recoup.train.lora import add_lora, check_lora, check_scales, merge_lora
+from recoup.train.lora_files import load_lora, save_lora
 from recoup.train.losses import LOSSES
 from recoup.train.param_groups import check_scales_are_trained, param_groups
 from recoup.train.snapshot import check_state
@@ -12,13 +14,19 @@ from recoup.train.trainable import check_trainable, check_training
 __all__ = [
     "LOSSES",
     "NonFiniteLossError",
+    "add_lora",
+    "check_lora",
+    "check_scales",
     "check_scales_are_trained",
     "check_state",
     "check_trainable",
     "check_training",
     "fingerprint",
     "float_copy",
+    "load_lora",
+    "merge_lora",
     "param_groups",
+    "save_lora",
     "train",
     "warmup_cosine",
 ]

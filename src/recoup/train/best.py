@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from recoup.nn import Batch
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.objective import Objective
-from recoup.train.snapshot import load_state_of, state_of
+from recoup.train.snapshot import load_state_of, moving_state_of
 
 
 class Best:
-    """Looks at the held-out batches, and keeps the weights of the best step, on the CPU.
+    """Looks at the held-out batches, and keeps what trained of the best step, on the CPU.
 
     The start counts as a step. Without held-out batches there is no best step, and the last one stays.
 
@@ -47,7 +47,7 @@ class Best:
         value = self.objective.mean(self.model, self.held_out)
         if step == 0 or value < self.value:
             self.step, self.value, self.looks_since = step, value, 0
-            self.state = {k: v.detach().to("cpu", copy=True) for k, v in state_of(self.model).items()}
+            self.state = {k: v.detach().to("cpu", copy=True) for k, v in moving_state_of(self.model).items()}
         elif step > self.settings.start_step:
             self.looks_since += 1
         return {"held_out": value}

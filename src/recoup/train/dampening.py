@@ -5,12 +5,11 @@ and where it ends is chance. The penalty |Q(w) - clip(w)|^2 pulls it to the midd
 """
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import FakeQuantizer, QuantModule, is_prepared, quantizers_of, weight_of
+from recoup.nn import FakeQuantizer, is_prepared, matrices_of, quantizers_of
 from recoup.numerics.granularity import cut, spread
 
 
@@ -54,9 +53,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, FakeQuantizer]]
     """Every quantized weight with a gradient, once, with its 2-D view and its quantizer."""
     seen: set[Tensor] = set()
     for module in model.modules():
-        kind = type(module)
-        for name, quantizer in quantizers_of(module).items() if is_prepared(module) else ():
+        for name, matrix in matrices_of(module).items() if is_prepared(module) else ():
             weight: Tensor = getattr(module, name)
             if weight.grad is not None and weight not in seen:
                 seen.add(weight)
-                yield weight, weight_of(cast(type[QuantModule], kind), module, name).matrix, quantizer
+                yield weight, matrix, quantizers_of(module)[name]

@@ -99,9 +99,20 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if owners[name] == name}
 
 
+def moving_state_of(model: nn.Module) -> dict[str, Tensor]:
+    """`state_of`, without the Parameters that are frozen: all that training may change."""
+    frozen = _frozen(model)
+    return {name: tensor for name, tensor in state_of(model).items() if name not in frozen}
+
+
 def load_state_of(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `state_of` gave, strictly."""
-    model.load_state_dict({name: state[owner] for name, owner in _owners(model).items()})
+    """Load what `state_of` or `moving_state_of` gave, strictly."""
+    whole = {name: tensor for name, tensor in state_of(model).items() if name in _frozen(model)} | dict(state)
+    model.load_state_dict({name: whole[owner] for name, owner in _owners(model).items()})
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def _owners(model: nn.Module) -> dict[str, str]:

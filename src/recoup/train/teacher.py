@@ -25,8 +25,9 @@ Teacher = Callable[[Batch], Any]
 
 
 def float_copy(model: nn.Module) -> nn.Module:
-    """A prepared model's float self, as a model of its own."""
-    teacher = copy.deepcopy(model)
+    """A prepared model's float self, as a model of its own. What is frozen is shared."""
+    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    teacher = copy.deepcopy(model, frozen)
     for module in teacher.modules():
         if isinstance(module, FakeQuantizer):
             module.enabled = False

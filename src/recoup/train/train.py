@@ -28,11 +28,12 @@ from recoup.train.dampening import dampen
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError, first_nonfinite_gradient, first_nonfinite_module
 from recoup.train.interrupt import interrupt_waits
+from recoup.train.lora import trained_parameters
 from recoup.train.losses import names_of, needs_teacher
 from recoup.train.objective import Objective
 from recoup.train.param_groups import param_groups
 from recoup.train.rng import rng_state, set_rng_state
-from recoup.train.snapshot import check_state, load_state_of, state_of
+from recoup.train.snapshot import check_state, load_state_of, moving_state_of, state_of
 from recoup.train.teacher import Teacher, float_copy, in_memory, on_disk
 from recoup.train.trainable import check_trainable
 
@@ -53,7 +54,8 @@ def train(
 
     The weights end as those of the step with the lowest held-out loss, the start included, so training
     never leaves a model that is worse there than it was. Dropout is on only when the task loss is part of
-    the loss: a teacher is followed without noise. Never touches the calibration of static ranges.
+    the loss: a teacher is followed without noise. Adapters of `settings.lora` are merged at the end; those of
+    `add_lora` stay. Never touches the calibration of static ranges, nor what is frozen.
 
     Args:
         model: prepared and calibrated, in float32.
@@ -71,8 +73,8 @@ def train(
 
     Raises:
         ValueError: the model is not prepared, has parameters that are not float32 or state that is no
-            tensor, or returns nothing that the loss could use; no batches; early stop without held-out
-            batches; checkpoints of another training.
+            tensor, or returns nothing that the loss could use; nothing to train; see `add_lora`; no batches;
+            early stop without held-out batches; checkpoints of another training.
         NonFiniteLossError: the loss or a gradient is not finite; names the first place with such a value.
         OSError: a checkpoint cannot be written; those before it are kept.
     """
@@ -90,31 +92,28 @@ def train(
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=settings.accumulate
     )
-    identity = {} if checkpoints is None else _identity(model, batches, settings, teacher, held_out)
-    home = device_of(model)
-    modes = {
-        module: module.training for root in (model, teacher) if root is not None for module in root.modules()
-    }
+    identity, saves = dict[str, Any](), None
+    if checkpoints is not None:
+        identity = _identity(model, batches, settings, teacher, held_out)
+        identity["processes"] = accelerator.num_processes
+        saves = Checkpoints(Path(checkpoints), identity, writes=accelerator.is_main_process)
+    home, roots = device_of(model), (model,) if teacher is None else (model, teacher)
+    modes = {module: module.training for root in roots for module in root.modules()}
     try:
-        if settings.teacher_logits is None or checkpoints is None:
-            asked = _in_memory(model, teacher, settings, accelerator.device)
-        else:
-            folder = Path(checkpoints, "teacher")
-            with nullcontext() if teacher else quantization_off(model):
-                asked = on_disk(
-                    teacher or model, (batches, held_out), settings, folder, identity, accelerator
-                )
-        objective = Objective(settings, asked, accelerator.device, batches[0])
-        training = _Training(model, batches, settings, objective, held_out, accelerator)
-        model.train("task" in names_of(settings.loss))
-        with activations_recomputed(model) if settings.activation_checkpointing else nullcontext():
-            if checkpoints is None:
-                training.run(record, None)
+        with trained_parameters(model, settings):  # merges where it was trained, for the same bits
+            if settings.teacher_logits is None or checkpoints is None:
+                asked = _in_memory(model, teacher, settings, accelerator.device)
             else:
-                identity["processes"] = accelerator.num_processes
-                training.run(
-                    record, Checkpoints(Path(checkpoints), identity, writes=accelerator.is_main_process)
-                )
+                folder = Path(checkpoints, "teacher")
+                with nullcontext() if teacher else quantization_off(model):
+                    asked = on_disk(
+                        teacher or model, (batches, held_out), settings, folder, identity, accelerator
+                    )
+            objective = Objective(settings, asked, accelerator.device, batches[0])
+            training = _Training(model, batches, settings, objective, held_out, accelerator)
+            model.train("task" in names_of(settings.loss))
+            with activations_recomputed(model) if settings.activation_checkpointing else nullcontext():
+                training.run(record, saves)
     finally:
         accelerator.free_memory()
         model.to(home)
@@ -265,7 +264,7 @@ class _Training:
         from accelerate.utils import gather_object
 
         parts: dict[str, Mapping[str, Tensor]] = {
-            "weights": state_of(self.model),
+            "weights": moving_state_of(self.model),
             "optimizer": {
                 f"{parameter}.{name}": value
                 for parameter, state in self.optimizer.state_dict()["state"].items()

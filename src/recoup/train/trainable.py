@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from recoup.nn import Batch, FakeQuantizer, call, device_of, evaluating, moved
+from recoup.nn import Batch, FakeQuantizer, call, device_of, evaluating, moved, refuse_peft
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.activations import check_layers
 from recoup.train.losses import build_loss, names_of
@@ -14,8 +14,10 @@ def check_trainable(model: nn.Module) -> None:
     """A model that can be trained under fake quantization.
 
     Raises:
-        ValueError: it is not prepared, not calibrated, or has parameters to train that are not float32.
+        ValueError: it is not prepared, not calibrated, has layers of PEFT's, or parameters to train that are
+            not float32.
     """
+    refuse_peft(model)
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
     if not quantizers:
         raise ValueError("nothing to train under: the model is not prepared; run recoup.prepare first")

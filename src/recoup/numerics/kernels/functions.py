@@ -21,6 +21,7 @@ from recoup.numerics.kernels.carrier import carrier_of
 from recoup.numerics.kernels.choose import Kernels
 from recoup.numerics.kernels.kept import Kept, may_saturate
 from recoup.numerics.kernels.place import place
+from recoup.numerics.low_rank import LowRank, gradients, merged
 from recoup.numerics.spec import QParams, QuantSpec
 
 _FIELDS = ("scale", "zero_point", "offset", "global_scale")  # of QParams
@@ -40,8 +41,9 @@ def linear(
     of_weight: tuple[QParams, Kept],
     bias: Float[Tensor, " o"] | None,
     kernels: Kernels,
+    low_rank: LowRank | None = None,
 ) -> Float[Tensor, "*n o"]:
-    """F.linear(fake_quantize(x), fake_quantize(weight), bias).
+    """F.linear(fake_quantize(x), fake_quantize(weight + low_rank), bias).
 
     Args:
         x: the input, which gets a gradient.
@@ -51,10 +53,11 @@ def linear(
         of_weight: the same of the weight.
         bias: or none.
         kernels: an implementation.
+        low_rank: whose factors get gradients; the sum is made again where the backward pass asks for it.
     """
     trained = (tensor for of in (of_x, of_weight) if _learned(of) for tensor in _tensors(cast(Any, of)[0]))
-    codes = None if of_x is None else of_x[1]
-    return cast(Tensor, _Linear.apply(x, weight, bias, codes, of_weight[1], kernels, *trained))
+    codes, product = None if of_x is None else of_x[1], low_rank or (None, None, None)
+    return cast(Tensor, _Linear.apply(x, weight, bias, *product, codes, of_weight[1], kernels, *trained))
 
 
 def _learned(of: tuple[QParams, Kept] | None) -> bool:
@@ -138,6 +141,9 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scaling: float | None,
         codes_of_x: Kept | None,
         codes_of_weight: Kept,
         kernels: Kernels,
@@ -145,7 +151,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         spec = None if codes_of_x is None else codes_of_x.spec
         whole = weight if codes_of_weight.spec.ranges == "learned" else None
-        ctx.save_for_backward(whole, *_saved(x.reshape(-1, x.shape[-1]), codes_of_x))
+        ctx.save_for_backward(whole, a, b, *_saved(x.reshape(-1, x.shape[-1]), codes_of_x))
+        ctx.scaling = scaling
         # A weight's codes outlive this graph, so hooks need not move them.
         ctx.of_weight = codes_of_weight, _version(codes_of_weight.values)
         ctx.kernels, ctx.spec, ctx.x, ctx.weight = kernels, spec, (x.shape, x.dtype), weight.dtype
@@ -160,16 +167,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        whole, *saved = ctx.saved_tensors  # asked once: checkpointing computes them again at every asking
+        whole, a, b, *saved = ctx.saved_tensors  # once: checkpointing computes them again at every asking
         kernels, (codes, version), (shape, dtype) = ctx.kernels, ctx.of_weight, ctx.x
         if _version(codes.values) != version:
             raise RuntimeError(
                 "a weight was modified by an inplace operation, and used again, after the forward pass whose "
                 "gradient is asked for; call backward() before the optimizer's step"
             )
+        low_rank = None if a is None else LowRank(a, b, ctx.scaling)
+        whole = None if whole is None else merged(whole, low_rank)
         x, weight = _restored(kernels, ctx.spec, saved), _Factor(kernels, whole, codes)
         grad = grad.reshape(-1, grad.shape[-1])
-        for_x, for_weight, for_bias, _, _, _, *trained = ctx.needs_input_grad
+        for_x, for_weight, for_bias, for_a, for_b, _, _, _, _, *trained = ctx.needs_input_grad
         learned = ctx.spec is not None and ctx.spec.ranges == "learned"
         count = len(_FIELDS) if learned else 0
         of_x: tuple[Tensor | None, ...] = (None,) * (1 + count)
@@ -177,12 +186,16 @@ class _Linear(torch.autograd.Function):
         if for_x or any(trained[:count]):
             values = weight.values("weight", ctx.weight, grad.dtype)
             of_x = x.gradients(grad @ _laid(values, ctx.transposed))
-        if for_weight or any(trained[count:]):
+        if for_weight or for_a or for_b or any(trained[count:]):
             seen = x.values("x", dtype, grad.dtype)
             of_weight = weight.gradients((seen.T @ grad).T.contiguous() if ctx.transposed else grad.T @ seen)
         bias = grad.sum(0) if for_bias else None
         grad_x = None if of_x[0] is None else of_x[0].view(shape)
-        return grad_x, of_weight[0], bias, None, None, None, *of_x[1:], *of_weight[1:]
+        of_product = (None, None)
+        if low_rank is not None and of_weight[0] is not None:
+            of_product = gradients(of_weight[0], low_rank)
+        own = of_weight[0] if for_weight else None
+        return grad_x, own, bias, *of_product, None, None, None, None, *of_x[1:], *of_weight[1:]
 
 
 def _laid(weight: Tensor, transposed: bool) -> Tensor:
