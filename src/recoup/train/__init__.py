@@ -1,5 +1,6 @@
 """The only room that steps an optimizer on the task."""
 
+from recoup.train.examination import Examination
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError
 from recoup.train.losses import LOSSES
@@ -11,6 +12,7 @@ from recoup.train.trainable import check_trainable, check_training
 
 __all__ = [
     "LOSSES",
+    "Examination",
     "NonFiniteLossError",
     "check_scales_are_trained",
     "check_state",
