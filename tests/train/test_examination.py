@@ -51,7 +51,7 @@ def test_updates_that_are_too_small_are_told_as_soon_as_they_show(caplog: pytest
         4,
     )
     assert lines(caplog)[0].startswith(
-        "step 1: all weights: nothing changes: none of 2,048 sampled codes changed in 1 steps; the largest "
+        "step 1: all weights: nothing changes: none of 2,048 sampled codes changed since the start; "
     )
     assert len(lines(caplog)) == 1
     assert "raise train.learning_rate or train.steps, together " in lines(caplog)[0]

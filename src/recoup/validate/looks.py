@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn import Batch, FakeQuantizer, NonFiniteError, call, is_prepared
+from recoup.nn import cut as cut_batch
 from recoup.numerics import QParams
 from recoup.numerics.granularity import Granularity, cut
 from recoup.numerics.quantize import position, shift_up
 
 SAMPLE = 2**14
 _BLOCKS = 8  # at least, where there are so many
+_SAMPLES = 2  # of a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ def looks(model: nn.Module, batch: Batch | None) -> Mapping[str, Look]:
 
     Args:
         model: prepared and calibrated.
-        batch: where the model is; None looks at weights alone.
+        batch: where the model is, of which a few samples do; None looks at weights alone.
     """
     found: dict[str, Look] = {}
     for module in model.modules():
@@ -87,13 +89,20 @@ def looks(model: nn.Module, batch: Batch | None) -> Mapping[str, Look]:
         for module in modes:
             module.training = False  # also where `eval` does nothing, and statistics would be moved
         with suppress(NonFiniteError):  # which whoever trains or evaluates says with more to it
-            call(model, batch)
+            call(model, _few(batch))
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
     return found
+
+
+def _few(batch: Batch) -> Batch:
+    """Some samples, where a batch holds nothing but samples; else all of it, as of a graph with its edges."""
+    held = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+    sizes = {value.shape[0] if isinstance(value, Tensor) and value.ndim else None for value in held}
+    return cut_batch(batch, _SAMPLES) if len(sizes) == 1 and None not in sizes else batch
 
 
 def _look(quantizer: FakeQuantizer, x: Tensor) -> Look:

@@ -132,16 +132,15 @@ def unchanged(start: Mapping[str, Look], now: Mapping[str, Look], step: int, ste
     if changed * ahead > _UNCHANGED * codes or not update * ahead < 1:
         return None
     if update == 0:
-        figure = f"no weight moved in {step:,} steps"
+        figure = "no weight moved since the start"
         remedy = "see that gradients reach them; and raise train.learning_rate, which float32 may round away"
     else:
         figure = (
-            f"{changed or 'none'} of {codes:,} sampled codes changed in {step:,} steps; "
-            f"the largest update is 1/{1 / update:.3g} of half a step between codes"
+            f"{changed or 'none'} of {codes:,} sampled codes changed since the start; "
+            f"the largest update is {update:.3g} times half a step between codes"
         )
-        remedy = (
-            f"raise train.learning_rate or train.steps, together {1 / (update * ahead):.2g} times or more"
-        )
+        times = math.ceil(1 / (update * ahead))
+        remedy = f"raise train.learning_rate or train.steps, together {times:,} times or more"
     return Symptom(module="all weights", what="nothing changes", figure=figure, remedy=remedy)
 
 
