@@ -8,6 +8,8 @@ import logging
 import sys
 import traceback
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -204,7 +206,7 @@ def _run(arguments: list[str] | None) -> int:
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(stderr=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _told():
         warnings.showwarning = _warn
         try:
             result: Any = app(arguments, error_console=console, exit_on_error=False, print_error=False)
@@ -221,6 +223,19 @@ def _run(arguments: list[str] | None) -> int:
             traceback.print_exc()
             return BUG
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _told() -> Generator[None]:
+    """What the library logs as a warning is told as one."""
+    log, handler = logging.getLogger("recoup"), logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("recoup: warning: %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _warn(message: Warning | str, *_: Any) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from recoup.nn import FakeQuantizer
-from recoup.train import check_scales_are_trained, check_trainable
+from recoup.train import Examination, check_scales_are_trained, check_trainable
+from recoup.validate.symptoms import Symptom
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,6 +26,8 @@ class QATCallback(TrainerCallback):
     """Checks that a Trainer can train a prepared model, and switches quantization on at its step.
 
     Between the steps quantization is always on: what is evaluated and what is saved is the quantized model.
+    After the first step, after each evaluation and at the end it looks for symptoms, which are logged as
+    warnings; inputs are looked at with the batch that `calibrate` left in the model.
 
     Args:
         start_step: so many optimizer steps are made in float first.
@@ -34,6 +37,12 @@ class QATCallback(TrainerCallback):
         if start_step < 0:
             raise ValueError(f"start_step: {start_step} given; it is 0 or more")
         self.start_step = start_step
+        self.examination: Examination | None = None
+
+    @property
+    def symptoms(self) -> list[Symptom]:
+        """What the training showed of its quantizers since it began, or went on."""
+        return [] if self.examination is None else self.examination.symptoms
 
     def on_train_begin(
         self,
@@ -50,7 +59,7 @@ class QATCallback(TrainerCallback):
             ValueError: the model is not prepared, calibrated and in float32; the optimizer misses a learned
                 scale; `start_step` leaves no step.
         """
-        del args, control, kwargs
+        del control, kwargs
         assert model is not None
         assert optimizer is not None
         check_trainable(model)
@@ -61,6 +70,14 @@ class QATCallback(TrainerCallback):
                 "quantization; make it smaller"
             )
         _switch(model, on=True)
+        self.examination = Examination(
+            model,
+            getattr(model, "recoup_example", None),
+            begun=state.global_step,
+            steps=state.max_steps,
+            warmup=args.get_warmup_steps(state.max_steps),
+            tells=state.is_world_process_zero,
+        )
 
     def on_step_begin(
         self,
@@ -83,10 +100,37 @@ class QATCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """On for whatever is between the steps."""
-        del args, state, control, kwargs
+        """On for whatever is between the steps; and looked at after the first one."""
+        del args, control, kwargs
         assert model is not None
+        assert self.examination is not None
         _switch(model, on=True)
+        if state.global_step == self.examination.begun + 1:
+            self.examination.tensors(state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The model's modes and switches, while it is evaluated."""
+        del args, control, kwargs
+        if self.examination is not None:
+            self.examination.evaluation(state.global_step)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looked at again."""
+        del args, control, kwargs
+        if self.examination is not None:
+            self.examination.tensors(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looked at for the last time."""
+        del args, control, kwargs
+        assert self.examination is not None
+        self.examination.tensors(state.global_step)
 
 
 def _switch(model: nn.Module, *, on: bool) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import subprocess
 import sys
 import warnings
@@ -391,3 +392,19 @@ def test_another_recipes_run_is_not_overwritten(
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "recoup: out: holds a run of another recipe; choose another folder, or remove it"
     assert tree(tmp_path / "out") == before
+
+
+def test_what_is_logged_as_a_warning_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("recoup")
+
+    def said(*_: Any, **__: Any) -> int:
+        log.warning("step 1: up.weight: dead")
+        log.info("not this")
+        return 0
+
+    monkeypatch.setattr(cli, "app", said)
+    assert _run([]) == _run([]) == 0
+    assert capsys.readouterr().err.splitlines() == ["recoup: warning: step 1: up.weight: dead"] * 2
+    assert log.handlers == []

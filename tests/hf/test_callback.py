@@ -174,6 +174,39 @@ def test_an_optimizer_without_the_scales_is_refused(tmp_path: Path) -> None:
         forgetful.train()
 
 
+class SwitchOff(TrainerCallback):
+    """Somebody's else, which measures the float model and forgets to switch back."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.model.layers[0].mlp.up_proj.weight_quantizer.enabled = False
+        model.model.layers[0].self_attn.train = lambda mode=True: None
+        model.model.layers[0].self_attn.training = True
+
+
+def test_symptoms_are_logged_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = recoup.hf.QATCallback()
+    fields = {"max_steps": 2, "learning_rate": 1e-12, "eval_strategy": "steps", "eval_steps": 2,
+              "save_strategy": "no"}  # fmt: skip
+    trainer(prepared(), tmp_path, callback, SwitchOff(), **fields).train()
+    found = {(s.module, s.what): (s.first, s.last) for s in callback.symptoms}
+    assert found == {
+        ("all weights", "nothing changes"): (1, 2),
+        ("model.layers.0.mlp.up_proj.weight", "quantizer off"): (2, 2),
+        ("model.layers.0.self_attn", "training mode"): (2, 2),
+    }
+    lines = [record.getMessage() for record in caplog.records if record.name == "recoup"]
+    assert len(lines) == 3
+    assert lines[0].startswith("step 1: all weights: nothing changes: ")
+
+
+def test_a_healthy_training_shows_no_symptom(tmp_path: Path) -> None:
+    callback = recoup.hf.QATCallback()
+    assert callback.symptoms == []
+    fields = {"max_steps": 2, "learning_rate": 1e-4, "eval_strategy": "epoch", "save_strategy": "no"}
+    trainer(prepared(weight_ranges=None), tmp_path, callback, **fields).train()
+    assert callback.symptoms == []
+
+
 def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs" / "runs.md"

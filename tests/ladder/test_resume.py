@@ -1,6 +1,7 @@
 """A run that was stopped goes on, and ends as if nothing had happened."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ def test_nothing_is_measured_twice(again: Again, measured: int) -> None:
     assert events(again.folder) == ["baseline", "rung", "rung", *["train"] * 4, "rung", "export", "artefact"]
     assert not (again.folder / "unfinished").exists()
     assert [entry["step"] for entry in result.record.curve] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("measured", [3, 4])
+def test_what_training_showed_is_in_the_report_of_a_run_that_goes_on(again: Again, measured: int) -> None:
+    """Stopped when the trained model is to be measured, and after that."""
+    train = {"steps": 3, "learning_rate": 1e-9, "evaluate_every": 2}
+    again.recipe = recipe(train=train)
+    right = (100, 50, 52, 99, 99)
+    with pytest.raises(KeyboardInterrupt):
+        again(evaluate=stopping(*right[:measured]))
+    (symptom,) = again(*right[measured:]).record.symptoms
+    assert (symptom.module, symptom.what, symptom.first, symptom.last) == (
+        "all weights",
+        "nothing changes",
+        1,
+        3,
+    )
+    assert run_json(again.folder)["symptoms"] == [asdict(symptom)]
+    assert f"| all weights | nothing changes | {symptom.figure} | 1 to 3 |" in (
+        again.folder / "report.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_the_samples_of_the_baseline_are_kept_one_by_one(again: Again) -> None:

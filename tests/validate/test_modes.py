@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recoup import prepare, resolve
+from recoup.nn import quantization_off
 from recoup.validate.modes import evaluation
 
 
@@ -148,3 +150,17 @@ def test_whatever_is_random_in_training_mode_is_named(build: type[nn.Module], me
     with evaluation(quiet):
         quiet(x)
     assert hooks(model) == hooks(quiet) == 0
+
+
+def test_a_quantizer_that_is_off_is_named() -> None:
+    model = prepare(nn.Sequential(nn.Linear(32, 32)), resolve(nn.Sequential(nn.Linear(32, 32)), "w4a16"))
+    x = torch.randn(4, 32)
+    message = (
+        r"^0\.weight: its quantizer is off, so what is measured is the float model; leave out "
+        r"quantization_off in evaluate, or set its enabled to True$"
+    )
+    with pytest.raises(ValueError, match=message), evaluation(model), quantization_off(model):
+        model(x)
+    with evaluation(model):
+        model(x)
+    assert hooks(model) == 0

@@ -13,6 +13,7 @@ import pytest
 
 from recoup.validate import Cost, Gate, Report, Rung, Samples, html, markdown, outcome_of, write
 from recoup.validate.report import duration, size
+from recoup.validate.symptoms import Symptom
 
 HOSTILE = "<script>alert('$x$')</script> | `&\"--> \\"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -40,6 +41,14 @@ def rung(name, worse):
 RTN, QAT, EXPORTED = rung("rtn", 0.2), rung("qat", 0.002), rung("qat", 0.003)
 FLOAT_COST = Cost(bytes=91_200_000, seconds=0.0142, peak_bytes=212_000_000, batch="8 x 64 tokens")
 FASTER = Cost(bytes=17_900_000, seconds=0.0071, peak_bytes=131_000_000, batch="8 x 64 tokens")
+SHRUNK = Symptom(
+    module="model.layers.3.up.weight",
+    what="few codes",
+    figure="3 of its codes are used, and 16 were at the start",
+    remedy="its scale grew: lower train.scale_learning_rate",
+    first=50,
+    last=80,
+)
 PASSED = Report(
     title="A small model",
     scheme="w4a8",
@@ -55,6 +64,7 @@ PASSED = Report(
         {"step": s, "loss": 2 - s / 100, "held_out": 2 - s / 120, "learning_rate": 1e-5}
         for s in range(0, 90, 10)
     ],
+    symptoms=[SHRUNK],
     layer_errors={
         "rtn": {f"model.layers.{n}.up": 0.05 + n / 500 for n in range(36)},
         "qat": {f"model.layers.{n}.up": 0.02 + n / 900 for n in range(36)},
@@ -74,6 +84,7 @@ EMPTY = Report(
     float_cost=None,
     artefact_cost=None,
     curve=[],
+    symptoms=[],
     layer_errors={},
     notes=[],
     facts={},
@@ -165,6 +176,7 @@ def test_hostile_names_are_text():
         rung=HOSTILE,
         rungs=[dataclasses.replace(RTN, name=HOSTILE), rung_of(HOSTILE)],
         layer_errors={HOSTILE: {HOSTILE: 0.1, "b.c": 0.2}},
+        symptoms=[Symptom(module=HOSTILE, what=HOSTILE, figure=HOSTILE, remedy=HOSTILE)],
         notes=[HOSTILE],
         facts={HOSTILE: HOSTILE},
         artefact_cost=dataclasses.replace(FASTER, batch=HOSTILE),
@@ -176,7 +188,29 @@ def test_hostile_names_are_text():
     assert "<script" not in text
     for line in text.splitlines():
         if line.startswith("| &lt;"):
-            assert len(re.findall(r"(?<!\\)\|", line)) == 10
+            assert len(re.findall(r"(?<!\\)\|", line)) in (6, 10)
+
+
+def test_what_training_showed_is_a_table():
+    page, text = Page(passed_page()), markdown(PASSED)
+    assert page.has("What training showed")
+    for said in (SHRUNK.module, SHRUNK.what, SHRUNK.figure, SHRUNK.remedy, "50 to 80"):
+        assert page.has(said)
+    row = f"| {SHRUNK.module} | few codes | {SHRUNK.figure} | 50 to 80 | {SHRUNK.remedy} |"
+    assert row in text.splitlines()
+    many = dataclasses.replace(PASSED, symptoms=[SHRUNK] * 23)
+    for said in (" ".join(Page(html(many)).text), markdown(many)):
+        assert said.count(SHRUNK.figure) == 20
+        assert "And 3 more." in said
+
+
+def test_a_training_without_symptoms_says_so():
+    healthy = dataclasses.replace(PASSED, symptoms=[])
+    for said in (html(healthy), markdown(healthy)):
+        assert "It showed no symptom." in said
+        assert "What training showed" not in said
+    for said in (html(EMPTY), markdown(EMPTY)):
+        assert "symptom" not in said.split("</style>")[-1]
 
 
 def rung_of(name):

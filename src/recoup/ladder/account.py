@@ -57,6 +57,7 @@ def run_json(report: Report, seconds: float) -> dict[str, Any]:
         "artefact": artefact,
         "verdicts": [verdict.to_json() for verdict in final.verdicts],
         "rungs": [rung_json(rung) for rung in report.rungs],
+        "symptoms": [asdict(symptom) for symptom in report.symptoms],
         "seconds": round(seconds, 1),
         "notes": report.notes,
         "facts": report.facts,

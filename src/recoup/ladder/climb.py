@@ -113,6 +113,7 @@ class Climb:
         settings = self.recipe.train
         held_out = min(max(1, round(settings.held_out * len(self.train))), len(self.train) - 1)
         curve = self.run.standing.curve = []
+        self.run.standing.symptoms = []
 
         def record(entry: Mapping[str, float]) -> None:
             curve.append(dict(entry))
@@ -132,6 +133,7 @@ class Climb:
             record=record,
             checkpoints=self.run.training,
         )
+        self.run.standing.symptoms = getattr(self.model, "recoup_symptoms", [])
 
     def _to_the_best(self) -> None:
         self.model.load_state_dict(dict(self.run.state), strict=False)

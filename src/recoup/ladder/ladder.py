@@ -315,6 +315,7 @@ def _report(
         float_cost=costs[0],
         artefact_cost=costs[1],
         curve=standing.curve,
+        symptoms=standing.symptoms,
         layer_errors=standing.errors,
         notes=notes_of(
             account, standing.costs, advice(recipe.export.target, standing.costs, standing.others)

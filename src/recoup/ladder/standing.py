@@ -7,6 +7,7 @@ from typing import Any, Literal
 from recoup.schemes import Recipe
 from recoup.validate import Cost, Rung, Verdict
 from recoup.validate.report import duration, latencies
+from recoup.validate.symptoms import Symptom
 
 Part = Literal["ptq", "qat", "export", "validate"]
 
@@ -47,6 +48,7 @@ class Standing:
         rungs: measured, in the order in which they were climbed.
         errors: rung -> module -> the error that quantization adds.
         curve: of the training, an entry for each step.
+        symptoms: that the training showed.
         exported: the rung that the artefact was made of; None without one.
         parity: how close the file is to what was trained, in words.
         artefact: the exported file, measured.
@@ -61,6 +63,7 @@ class Standing:
     rungs: list[Rung] = field(default_factory=list[Rung])
     errors: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     curve: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    symptoms: list[Symptom] = field(default_factory=list[Symptom])
     exported: str | None = None
     parity: str = ""
     artefact: Rung | None = None
@@ -106,6 +109,7 @@ class Standing:
         artefact, costs = data["artefact"], data["costs"]
         restored: dict[str, Any] = {
             "rungs": [_rung(rung) for rung in data["rungs"]],
+            "symptoms": [Symptom(**symptom) for symptom in data["symptoms"]],
             "artefact": None if artefact is None else _rung(artefact),
             "costs": _costs(costs),
             "others": [Trial(**(trial | {"costs": _costs(trial["costs"])})) for trial in data["others"]],

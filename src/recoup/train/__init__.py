@@ -1,5 +1,6 @@
 """The only room that steps an optimizer on the task."""
 
+from recoup.train.examination import Examination
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError
 from recoup.train.lora import add_lora, check_lora, check_scales, merge_lora
@@ -13,6 +14,7 @@ from recoup.train.trainable import check_trainable, check_training
 
 __all__ = [
     "LOSSES",
+    "Examination",
     "NonFiniteLossError",
     "add_lora",
     "check_lora",

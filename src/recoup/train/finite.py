@@ -1,12 +1,15 @@
 """Where a NaN comes from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, NonFiniteError, call
+from recoup.nn import Batch, NonFiniteError, call, device_of, moved
+from recoup.validate.symptoms import Symptom
+
+_THE_LOSS = "the loss itself (every module's output is finite)"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -43,7 +46,18 @@ def first_nonfinite_module(model: nn.Module, batch: Batch) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss itself (every module's output is finite)"
+    return found[0] if found else _THE_LOSS
+
+
+def nonfinite_held_out(model: nn.Module, batches: Sequence[Batch]) -> Symptom:
+    """A held-out loss that is no number, which training survives; runs the model until it finds where."""
+    found = (first_nonfinite_module(model, moved(batch, device_of(model))) for batch in batches)
+    return Symptom(
+        module=next((place for place in found if place != _THE_LOSS), _THE_LOSS),
+        what="not finite",
+        figure="the held-out loss is not finite, so this step is not chosen",
+        remedy="lower train.learning_rate; if it is so from the start, look at the held-out batches",
+    )
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str:

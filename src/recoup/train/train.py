@@ -18,15 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn import Batch, NonFiniteError, device_of, moved, quantization_off
+from recoup.nn import Batch, NonFiniteError, device_of, evaluating, moved, quantization_off
 from recoup.progress import progress
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.activations import activations_recomputed
 from recoup.train.best import Best
 from recoup.train.checkpoints import Checkpoints
 from recoup.train.dampening import dampen
+from recoup.train.examination import Examination
 from recoup.train.fingerprint import fingerprint
-from recoup.train.finite import NonFiniteLossError, first_nonfinite_gradient, first_nonfinite_module
+from recoup.train.finite import (
+    NonFiniteLossError,
+    first_nonfinite_gradient,
+    first_nonfinite_module,
+    nonfinite_held_out,
+)
 from recoup.train.interrupt import interrupt_waits
 from recoup.train.lora import trained_parameters
 from recoup.train.losses import names_of, needs_teacher
@@ -56,6 +62,10 @@ def train(
     never leaves a model that is worse there than it was. Dropout is on only when the task loss is part of
     the loss: a teacher is followed without noise. Adapters of `settings.lora` are merged at the end; those of
     `add_lora` stay. Never touches the calibration of static ranges, nor what is frozen.
+
+    What goes wrong with quantizers is looked for after the first step, at every look at held-out batches and
+    at the end; it is logged as a warning of the logger "recoup", and kept as `model.recoup_symptoms`, a list
+    of `Symptom`. docs/runs.md has the table of them.
 
     Args:
         model: prepared and calibrated, in float32.
@@ -161,6 +171,13 @@ class _Training:
         self.share = warmup_cosine(settings.steps, settings.warmup)
         self.wrapped, self.stepper = accelerator.prepare(model, self.optimizer)
         self.best = Best(model, objective, held_out, settings)
+        self.examination = Examination(
+            model,
+            batches[0],
+            steps=settings.steps,
+            warmup=settings.warmup,
+            tells=accelerator.is_main_process,
+        )
         self.step = 0
         self.history: list[dict[str, float]] = []
 
@@ -170,7 +187,7 @@ class _Training:
             None if checkpoints is None else checkpoints.newest(quiet=not self.accelerator.is_main_process)
         )
         if saved is None:
-            self._tell({"step": 0, **self.best.look(0)}, record)
+            self._tell({"step": 0, **self._look()}, record)
         else:
             self._resume(*saved)
             for entry in self.history:
@@ -194,6 +211,7 @@ class _Training:
                 if interrupted():
                     raise KeyboardInterrupt
         self.best.restore()
+        self.model.recoup_symptoms = self.examination.symptoms  # pyright: ignore[reportArgumentType]
 
     def _one_step(self, stream: Iterator[Batch], record: Record) -> float:
         self.step += 1
@@ -202,12 +220,24 @@ class _Training:
             group["lr"] = 0.0 if frozen and group["ranges"] else rate * self.share(self.step - 1)
         loss = sum(self._accumulate(next(stream)) for _ in range(self.settings.accumulate))
         entry = {"step": self.step, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
-            entry |= self.best.look(self.step)
+        looks = self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps
+        if looks:
+            entry |= self._look()
+        if looks or self.step == 1:
+            self.examination.tensors(self.step)
         if self.best.is_long_ago and self.step < self.settings.steps:
             entry["stopped_early"] = 1.0
         self._tell(entry, record)
         return loss
+
+    def _look(self) -> dict[str, float]:
+        """At the held-out batches, and at the model as it is evaluated."""
+        found = self.best.look(self.step)
+        with evaluating(self.model):
+            self.examination.evaluation(self.step)
+            if found.get("held_out") == math.inf:
+                self.examination.tell(self.step, [nonfinite_held_out(self.model, self.best.held_out)])
+        return found
 
     def _accumulate(self, batch: Batch) -> float:
         """One batch of a step; its share of the step's loss."""
@@ -279,12 +309,14 @@ class _Training:
             {
                 "best": self.best.facts(),
                 "history": self.history,
+                "symptoms": self.examination.facts(),
                 "rng": gather_object([rng_state(self.accelerator.device)]),
             },
         )
 
     def _resume(self, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
         self.step, self.history = facts["step"], facts["history"]
+        self.examination.resume(facts["symptoms"])
         load_state_of(self.model, parts["weights"])
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in parts["optimizer"].items():

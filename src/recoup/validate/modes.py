@@ -1,4 +1,4 @@
-"""A model is measured in evaluation mode: in training mode the measurement is of something else."""
+"""A model is measured as it ships: in training mode, or in float, the measurement is of something else."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -8,12 +8,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
 
+from recoup.nn import FakeQuantizer
+
 _DROP_PATHS = ("StochasticDepth", "DropPath")  # torchvision's, and what timm and transformers have
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Generator[None]:
-    """Around a measurement: what behaves otherwise in training must not run in training mode.
+    """Around a measurement: what behaves otherwise in training is in evaluation mode, and quantizers are on.
 
     It is asked when a module runs, so the code inside may call `model.eval()` itself. Never changes the
     model: a BatchNorm is caught before it moves its statistics.
@@ -21,7 +23,8 @@ def evaluation(model: nn.Module) -> Generator[None]:
     Raises:
         ValueError: from within the model's call: in training mode runs a BatchNorm, or what drops values or
             draws them at random: by its type, or by a float of its own with "drop" in its name that is
-            above 0, as the modules have that call `torch.nn.functional.dropout` themselves.
+            above 0, as the modules have that call `torch.nn.functional.dropout` themselves; or a module runs
+            with a quantizer that is off.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
@@ -36,7 +39,12 @@ def evaluation(model: nn.Module) -> Generator[None]:
     handles = [
         module.register_forward_pre_hook(_refusal(name, why))
         for name, module in model.named_modules()
-        if (why := _reason(module)) is not None
+        if (why := moved_by_training(module)) is not None
+    ]
+    handles += [
+        module.register_forward_pre_hook(_refuse_float)
+        for module in model.modules()
+        if any(isinstance(child, FakeQuantizer) for child in module.children())
     ]
     try:
         yield
@@ -45,8 +53,8 @@ def evaluation(model: nn.Module) -> Generator[None]:
             handle.remove()
 
 
-def _reason(module: nn.Module) -> str | None:
-    """Why a module must not run in training mode; None where it may."""
+def moved_by_training(module: nn.Module) -> str | None:
+    """Why a module must not be measured in training mode; None where it may."""
     if isinstance(module, _BatchNorm):
         return "its statistics come from the test batches and are moved by them"
     if isinstance(module, nn.RReLU):
@@ -60,6 +68,15 @@ def _drops(module: nn.Module) -> bool:
     whole = type(module).__name__ in _DROP_PATHS  # these call their share by many names
     shares = [value for name, value in vars(module).items() if whole or "drop" in name]
     return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def _refuse_float(running: nn.Module, _: tuple[Any, ...]) -> None:
+    for quantizer in running.children():
+        if isinstance(quantizer, FakeQuantizer) and not quantizer.enabled:
+            raise ValueError(
+                f"{quantizer.path}: its quantizer is off, so what is measured is the float model; leave out "
+                "quantization_off in evaluate, or set its enabled to True"
+            )
 
 
 def _refusal(name: str, why: str) -> Any:

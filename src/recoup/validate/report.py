@@ -15,8 +15,10 @@ from typing import Any, cast
 from markupsafe import Markup
 
 from recoup.validate.gates import Verdict
+from recoup.validate.symptoms import Symptom
 
 _NOTICED = 1.02  # a ratio of latencies nearer to 1 is none
+_ROWS = 20  # of a table that is to be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ class Report:
         artefact: the exported file, measured again after reading it back; None if nothing was exported.
         float_cost, artefact_cost: of both files, in one engine and interleaved.
         curve: one entry per logged training step: step, loss, and optionally held_out, learning_rate.
+        symptoms: what training showed of its quantizers.
         layer_errors: rung -> module -> relative output error.
         notes: sentences for the reader: what was kept and why, what gave no speed.
         facts: versions, seeds, hashes, machine.
@@ -96,6 +99,7 @@ class Report:
     float_cost: Cost | None
     artefact_cost: Cost | None
     curve: list[dict[str, float]]
+    symptoms: list[Symptom]
     layer_errors: dict[str, dict[str, float]]
     notes: list[str]
     facts: dict[str, str]
@@ -284,5 +288,6 @@ def _render(template: str, report: Report, pictures: dict[str, Any]) -> str:
         measured=_measured(report),
         headline=headline(report),
         speed=speed(report),
+        shown=report.symptoms[:_ROWS],
         **pictures,
     )
