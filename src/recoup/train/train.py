@@ -316,7 +316,7 @@ class _Training:
 
     def _resume(self, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
         self.step, self.history = facts["step"], facts["history"]
-        self.examination.resume(facts["symptoms"])
+        self.examination.resume(facts.get("symptoms", []))  # none were kept at first
         load_state_of(self.model, parts["weights"])
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in parts["optimizer"].items():
