@@ -29,7 +29,7 @@ from recoup.numerics import (
 
 from .tables import SPECS, bits, is_odd, numbers_of, over, sample
 
-ROWS, COLUMNS = 4, 32
+ROWS, COLUMNS = 4, 64
 
 
 def per_element(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
