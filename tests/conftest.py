@@ -6,6 +6,7 @@ decorates method by method, which beartype refuses for a method that returns `ty
 trace what it wraps, so a test of `torch.compile(fullgraph=True)` runs in a process of its own.
 """
 
+import os
 import random
 
 import jaxtyping
@@ -15,6 +16,9 @@ import torch
 
 jaxtyping.install_import_hook("recoup.numerics", "beartype.beartype")
 torch.set_num_threads(1)  # pytest-xdist is what runs in parallel
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = (
+    "1"  # in the processes of tests; a pool of compilers begins slowly
+)
 
 
 @pytest.fixture(autouse=True)

@@ -237,7 +237,7 @@ for name in sys.argv[1:]:
         x = torch.randn(8, 512)
         kept = made.keep(x, qparams_of(x, spec), spec, None)
         assert torch.equal(made.restore(kept, torch.empty(x.shape)), fake_quantize(x, kept.qparams, spec))
-    for rows, columns in ((8, 512), (24, 512), (24, 256)):
+    for rows, columns in ((8, 512), (24, 512)):
         x = torch.randn(rows, columns)
         x[1] = torch.randint(-16, 17, (columns,)) / 4
         x[2, 3], x[3], x[5] = 300.0, x[3].abs(), 0.0
@@ -264,11 +264,9 @@ print("identical")
 """
 
 
-@pytest.mark.parametrize(
-    "names", ["w4a8 w4a8! nvfp4", "mxfp4 w8a8-ort-static! q4_1", "fp8-static mxfp8! nf4"]
-)
-def test_compiled_kernels_give_the_same_bytes(names: str) -> None:
-    # Without this process's type checks, which Dynamo cannot trace.
+def test_compiled_kernels_give_the_same_bytes() -> None:
+    """In a process without this one's type checks, which Dynamo cannot trace; a process begins slowly."""
+    names = "w4a8 w4a8! nvfp4 mxfp4 w8a8-ort-static! q4_1 fp8-static mxfp8! nf4"
     command = [sys.executable, "-c", COMPILED, *names.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "identical", done.stderr[-3000:]
