@@ -65,6 +65,21 @@ def test_a_dampened_training_ends_nearer_to_its_codes() -> None:
     assert found[1.0] < 0.5 * found[0.0]
 
 
+@pytest.mark.parametrize("other", [{"parameters": "scales"}, {"lora": {"rank": 2}}], ids=str)
+def test_dampening_where_no_weight_trains_is_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"dampening 0.1 asked; it pulls weights, and adapters or scales alone"
+    ):
+        settings(dampening=0.1, **other)
+
+
+def test_freezing_where_no_range_is_learned_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"train.freeze_ranges asked, but no range is learned; set weight_ran"
+    ):
+        train(prepared("w4a16"), batches(1), settings(freeze_ranges=1))
+
+
 def scales(model: nn.Module) -> list[Tensor]:
     return [group for groups in param_groups(model, 1.0) if groups["ranges"] for group in groups["params"]]
 

@@ -53,4 +53,6 @@ def check_rungs(
         if recipe.train.lora is not None:
             check_lora(trial, recipe.train.lora)
         if recipe.train.parameters == "scales":
-            check_scales(trial)
+            check_scales(trial, "parameters: scales")
+        if recipe.train.freeze_ranges is not None:
+            check_scales(trial, "freeze_ranges")

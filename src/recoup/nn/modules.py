@@ -217,7 +217,7 @@ QUANT_MODULES: dict[str, type[QuantModule]] = {
     "torch.nn.LSTM": QuantLSTM,
     "torch.nn.GRU": QuantGRU,
     "transformers.pytorch_utils.Conv1D": QuantConv1D,
-    "transformers.models.falcon.modeling_falcon.FalconLinear": QuantLinear,  # the same equation
+    "transformers.models.falcon.modeling_falcon.FalconLinear": QuantLinear,  # W x + b, too
 }
 
 

@@ -234,6 +234,11 @@ class TrainSettings(_Section):
     def _one_choice_of_parameters(self) -> "TrainSettings":
         if self.lora is not None and self.parameters == "scales":
             raise ValueError("lora and parameters: scales asked; adapters train, or scales alone do")
+        if self.dampening and (self.lora is not None or self.parameters == "scales"):
+            raise ValueError(
+                f"dampening {self.dampening} asked; it pulls weights, and adapters or scales alone train "
+                "none: set it to 0"
+            )
         if self.lora is not None and self.lora.dropout and "task" not in self.loss:
             raise ValueError(
                 f"lora.dropout {self.lora.dropout} asked, but a loss without task follows the float model "

@@ -126,8 +126,8 @@ def check_lora(model: nn.Module, settings: LoraSettings) -> dict[str, Linear]:
     return chosen
 
 
-def check_scales(model: nn.Module) -> None:
-    """A prepared model with something that `parameters: scales` trains.
+def check_scales(model: nn.Module, key: str) -> None:
+    """A prepared model with learned ranges, which a key of the recipe is about.
 
     Raises:
         ValueError: no range is learned.
@@ -135,9 +135,7 @@ def check_scales(model: nn.Module) -> None:
     if not any(
         module.spec.ranges == "learned" for module in model.modules() if isinstance(module, FakeQuantizer)
     ):
-        raise ValueError(
-            "train.parameters: scales asked, but no range is learned; set weight_ranges: learned"
-        )
+        raise ValueError(f"train.{key} asked, but no range is learned; set weight_ranges: learned")
 
 
 @contextmanager
@@ -147,13 +145,15 @@ def trained_parameters(model: nn.Module, settings: TrainSettings) -> Generator[N
     Adapters are merged at the end. After an error they are dropped, and the weights are as they were.
 
     Raises:
-        ValueError: see `add_lora`; or there is nothing to train.
+        ValueError: see `add_lora`; there is nothing to train, or no range to freeze.
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    if settings.freeze_ranges is not None:
+        check_scales(model, "freeze_ranges")
     if settings.lora is not None:
         add_lora(model, **dict(settings.lora))
     elif settings.parameters == "scales":
-        check_scales(model)
+        check_scales(model, "parameters: scales")
         _freeze_all_but(model, FakeQuantizer)
     elif not any(trainable.values()):
         raise ValueError("nothing to train: every parameter is frozen; call model.requires_grad_() first")
