@@ -4,6 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# The tests start a hundred processes; without bytecode each would compile torch's sources again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: env demo test
 env: .venv/.dev
 
