@@ -10,6 +10,8 @@ from recoup.nn import (
     FakeQuantizer,
     is_prepared,
     matrices_of,
+    merge,
+    norm_of,
     output_quantizer_of,
     quantizers_of,
     refuse_peft,
@@ -22,7 +24,7 @@ def convert(model: nn.Module) -> nn.Module:
     The codes are decided here, once, in float32, from the master weights and the qparams that fake
     quantization used; every later step moves codes. What the model computes does not change by a bit.
 
-    Adapters of `add_lora` are part of the weight.
+    Adapters of `add_lora` are part of the weight; so are norms of `add_batch_norm`, as in evaluation mode.
 
     Raises:
         ValueError: nothing is prepared, a quantizer is switched off or not calibrated, a weight is not
@@ -44,6 +46,9 @@ def convert(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) first"
             )
+    for module in model.modules():
+        if norm_of(module) is not None:
+            merge(module)
     for name, module in model.named_modules():
         for leaf, matrix in matrices_of(module).items() if is_prepared(module) else ():
             if not torch.isfinite(matrix).all():
