@@ -22,6 +22,7 @@ from recoup.nn import Batch, NonFiniteError, device_of, evaluating, moved, quant
 from recoup.progress import progress
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.activations import activations_recomputed
+from recoup.train.batch_norm import kept_norms, normed, reestimate
 from recoup.train.best import Best
 from recoup.train.checkpoints import Checkpoints
 from recoup.train.dampening import dampen
@@ -102,6 +103,11 @@ def train(
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=settings.accumulate
     )
+    if settings.batch_norm is not None and accelerator.num_processes > 1:
+        raise ValueError(
+            f"batch_norm: asked in {accelerator.num_processes} processes, and each would have statistics of "
+            "its own; train in one process, or leave it out"
+        )
     identity, saves = dict[str, Any](), None
     if checkpoints is not None:
         identity = _identity(model, batches, settings, teacher, held_out)
@@ -110,7 +116,8 @@ def train(
     home, roots = device_of(model), (model,) if teacher is None else (model, teacher)
     modes = {module: module.training for root in roots for module in root.modules()}
     try:
-        with trained_parameters(model, settings):  # merges where it was trained, for the same bits
+        # Both merge where it was trained, for the same bits.
+        with kept_norms(model, kept=settings.batch_norm is not None), trained_parameters(model, settings):
             if settings.teacher_logits is None or checkpoints is None:
                 asked = _in_memory(model, teacher, settings, accelerator.device)
             else:
@@ -211,6 +218,7 @@ class _Training:
                 if interrupted():
                     raise KeyboardInterrupt
         self.best.restore()
+        self._reestimate(record)
         self.model.recoup_symptoms = self.examination.symptoms  # pyright: ignore[reportArgumentType]
 
     def _one_step(self, stream: Iterator[Batch], record: Record) -> float:
@@ -218,6 +226,10 @@ class _Training:
         frozen = self.settings.freeze_ranges is not None and self.step > self.settings.freeze_ranges
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = 0.0 if frozen and group["ranges"] else rate * self.share(self.step - 1)
+        if self.settings.batch_norm is not None:
+            freeze = self.settings.batch_norm.freeze
+            for layer in normed(self.model).values():  # also where a teacher is followed in evaluation mode
+                layer.batch_norm.train(freeze is None or self.step <= freeze)
         loss = sum(self._accumulate(next(stream)) for _ in range(self.settings.accumulate))
         entry = {"step": self.step, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         looks = self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps
@@ -229,6 +241,15 @@ class _Training:
             entry["stopped_early"] = 1.0
         self._tell(entry, record)
         return loss
+
+    def _reestimate(self, record: Record) -> None:
+        """Take the statistics of norms from batches of training, and keep them if held-out batches agree."""
+        if self.settings.batch_norm is None or not self.settings.batch_norm.reestimate:
+            return
+        taken = min(self.settings.batch_norm.reestimate, len(self.batches))
+        reestimate(self.model, [self.batches[index] for index in range(taken)])
+        self._tell({"step": self.step, "reestimated": taken, **self._look()}, record)
+        self.best.restore()
 
     def _look(self) -> dict[str, float]:
         """At the held-out batches, and at the model as it is evaluated."""
