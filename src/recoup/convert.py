@@ -10,8 +10,6 @@ from recoup.nn import (
     FakeQuantizer,
     is_prepared,
     matrices_of,
-    merge,
-    norm_of,
     output_quantizer_of,
     quantizers_of,
     refuse_peft,
@@ -46,9 +44,6 @@ def convert(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) first"
             )
-    for module in model.modules():
-        if norm_of(module) is not None:
-            merge(module)
     for name, module in model.named_modules():
         for leaf, matrix in matrices_of(module).items() if is_prepared(module) else ():
             if not torch.isfinite(matrix).all():

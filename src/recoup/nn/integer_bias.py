@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.nn.batch_norm import folded_bias
+from recoup.nn.batch_norm import folded_bias, norm_of
 from recoup.nn.fake_quantizer import FakeQuantizer
 
 _LARGEST = 2**31 - 128  # in float32 the number before 2^31
@@ -40,7 +40,9 @@ def coded_bias(prepared: Any) -> tuple[Tensor | None, Tensor | None]:
     Raises:
         ValueError: it is more steps than an int32 holds.
     """
-    bias: Tensor | None = prepared.bias
+    bias = folded_bias(prepared)
+    if bias is not None and norm_of(prepared) is not None:
+        bias = nn.Parameter(bias, requires_grad=False)
     if bias is None or not prepared.scheme.integer_bias:
         return bias, None
     step = _step(prepared)
