@@ -143,7 +143,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) -> 
     for stop in (3, 6):
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path, stop)
-    assert trained(tmp_path) == trained(None)
+    assert trained(tmp_path) == trained(None) == trained(tmp_path)
 
 
 W4 = replace(W4A16, name="w4", weights=replace(W4A16.weights, granularity=per_channel))

@@ -62,7 +62,8 @@ def train(
     The weights end as those of the step with the lowest held-out loss, the start included, so training
     never leaves a model that is worse there than it was. Dropout is on only when the task loss is part of
     the loss: a teacher is followed without noise. Adapters of `settings.lora` are merged at the end; those of
-    `add_lora` stay. Never touches the calibration of static ranges, nor what is frozen.
+    `add_lora` stay. So are norms of `settings.batch_norm`, and so do those of `add_batch_norm`. Never touches
+    what is frozen, nor the calibration of static ranges but where new statistics of norms are a factor of it.
 
     What goes wrong with quantizers is looked for after the first step, at every look at held-out batches and
     at the end; it is logged as a warning of the logger "recoup", and kept as `model.recoup_symptoms`, a list
@@ -76,16 +77,18 @@ def train(
             with `teacher_logits` the model itself.
         held_out: batches that are never trained on; without them the last step stays.
         record: called with {"step", "loss", "learning_rate", "held_out" where measured, "stopped_early" at
-            a last step that is not `settings.steps`} as training goes; entries from before an interruption
-            are told again.
+            a last step that is not `settings.steps`} as training goes, and with {"step", "reestimated",
+            "held_out"} once the statistics of norms are from so many batches; entries from before an
+            interruption are told again.
         checkpoints: a folder. Every `settings.checkpoint_every` steps, after the last one and at Ctrl-C, all
             that training knows is saved there; the same call goes on from it, to the same bits. With
             `teacher_logits` the teacher's answers are kept there, too.
 
     Raises:
         ValueError: the model is not prepared, has parameters that are not float32 or state that is no
-            tensor, or returns nothing that the loss could use; nothing to train; see `add_lora`; no batches;
-            early stop without held-out batches; checkpoints of another training.
+            tensor, or returns nothing that the loss could use; nothing to train; see `add_lora` and
+            `add_batch_norm`; norms in several processes; no batches; early stop without held-out batches;
+            checkpoints of another training.
         NonFiniteLossError: the loss or a gradient is not finite; names the first place with such a value.
         OSError: a checkpoint cannot be written; those before it are kept.
     """
