@@ -11,7 +11,16 @@ from recoup.ladder import Result, ptq, recover
 from recoup.numerics import QuantSpec
 from recoup.prepare import prepare, resolve
 from recoup.schemes import Plan, Recipe, Rule, Scheme, TrainSettings
-from recoup.train import add_lora, load_lora, merge_lora, param_groups, save_lora, train
+from recoup.train import (
+    add_batch_norm,
+    add_lora,
+    load_lora,
+    merge_batch_norm,
+    merge_lora,
+    param_groups,
+    save_lora,
+    train,
+)
 from recoup.validate import Gate, Samples, Verdict
 
 __all__ = [
@@ -25,12 +34,14 @@ __all__ = [
     "Scheme",
     "TrainSettings",
     "Verdict",
+    "add_batch_norm",
     "add_lora",
     "calibrate",
     "convert",
     "explain",
     "export",
     "load_lora",
+    "merge_batch_norm",
     "merge_lora",
     "param_groups",
     "prepare",

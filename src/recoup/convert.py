@@ -22,7 +22,7 @@ def convert(model: nn.Module) -> nn.Module:
     The codes are decided here, once, in float32, from the master weights and the qparams that fake
     quantization used; every later step moves codes. What the model computes does not change by a bit.
 
-    Adapters of `add_lora` are part of the weight.
+    Adapters of `add_lora` are part of the weight; so are norms of `add_batch_norm`, as in evaluation mode.
 
     Raises:
         ValueError: nothing is prepared, a quantizer is switched off or not calibrated, a weight is not

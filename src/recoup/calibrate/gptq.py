@@ -34,6 +34,7 @@ from recoup.nn import (
     evaluating,
     is_prepared,
     moved,
+    norm_of,
     size_of,
     without_labels,
 )
@@ -126,6 +127,11 @@ def check_layers(model: nn.Module) -> None:
             raise ValueError(
                 f"{quantizer.path}: gptq moves the weight, and an adapter adds to it; call recoup.merge_lora "
                 "first"
+            )
+        if norm_of(module) is not None:
+            raise ValueError(
+                f"{quantizer.path}: gptq moves the weight, and a norm scales it; call "
+                "recoup.merge_batch_norm first"
             )
         if quantizer.spec.ranges == "dynamic":
             raise ValueError(

@@ -2,10 +2,11 @@
 
 `fake_quantizer.py` is one tensor, `modules.py`, `conv.py`, `experts.py` and `recurrent.py` the prepared
 modules (`twin.py` is what they have in common, `lora.py` an adapter inside of one,
-`fits.py` what they refuse), `output.py` the output of any
+`batch_norm.py` a norm, `fits.py` what they refuse), `output.py` the output of any
 module, `coded.py` the converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is called.
 """
 
+from recoup.nn.batch_norm import BatchNorm, attach, folded_norm, merge, norm_of, remember
 from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
 from recoup.nn.coded import (
     CODED_MODULES,
@@ -69,6 +70,7 @@ __all__ = [
     "OUTPUT",
     "QUANT_MODULES",
     "Batch",
+    "BatchNorm",
     "CodedConv",
     "CodedConv1D",
     "CodedConv1d",
@@ -106,6 +108,7 @@ __all__ = [
     "QuantModule",
     "SeveralWeights",
     "Weight",
+    "attach",
     "cache_quantizers",
     "caching",
     "call",
@@ -114,14 +117,17 @@ __all__ = [
     "cut",
     "device_of",
     "evaluating",
+    "folded_norm",
     "is_coded",
     "is_prepared",
     "kept_by_type",
     "low_rank_of",
     "make_room",
     "matrices_of",
+    "merge",
     "moved",
     "no_form",
+    "norm_of",
     "output_quantizer_of",
     "output_quantizers",
     "quant_type",
@@ -130,6 +136,7 @@ __all__ = [
     "quantize_output",
     "quantizers_of",
     "refuse_peft",
+    "remember",
     "routers",
     "seen_bias",
     "size_of",

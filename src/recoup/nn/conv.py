@@ -8,14 +8,15 @@ is of zeros, or of values that are on the lattice already, so it may come after 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recoup.nn.batch_norm import BatchNorm, folded
 from recoup.nn.fake_quantizer import FakeQuantizer
-from recoup.nn.integer_bias import seen_bias
-from recoup.nn.twin import Inputs, adopt, input_quantizer, weight_quantizer
+from recoup.nn.twin import Inputs, adopt, input_quantizer, output_of, weight_quantizer
 from recoup.schemes import Scheme
 
 
@@ -26,12 +27,13 @@ class _Twin(nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
     scheme: Scheme
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | nn.Identity
+    batch_norm: BatchNorm | None
 
     @classmethod
     def from_float(cls, module: nn.Module, scheme: Scheme, path: str) -> Self:
         """The twin of a float module; it shares every Parameter. See `QuantLinear.from_float`."""
         twin = adopt(cls, module, path)
-        twin.scheme = scheme
+        twin.scheme, twin.batch_norm = scheme, None
         twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
         twin.input_quantizer = input_quantizer(None, scheme, path, twin.weight.device)
         return twin
@@ -39,12 +41,16 @@ class _Twin(nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
     @staticmethod
     def matrix(module: Any) -> Tensor:
         """(output channels, input channels of a group x places of the kernel)."""
-        return module.weight.flatten(1)
+        return folded(module, module.weight).flatten(1)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The 2-D view, put back as torch takes it."""
+        return matrix.view_as(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
-        weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.input_quantizer(input), weight, seen_bias(self))
+        seen = self.weight_quantizer(folded(self, self.weight))
+        return output_of(self, seen, self.weight, partial(self._conv_forward, self.input_quantizer(input)))
 
 
 class _TransposedTwin(_Twin):
@@ -56,22 +62,33 @@ class _TransposedTwin(_Twin):
     @staticmethod
     def matrix(module: Any) -> Tensor:
         """(output channels, input channels of a group x places of the kernel)."""
-        of_groups = module.weight.unflatten(0, (module.groups, -1))
-        return of_groups.transpose(1, 2).flatten(0, 1).flatten(1)
+        return folded(module, _rows(module))
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The 2-D view, put back as torch takes it."""
+        return transposed_weight(matrix, self.groups, self.kernel_size)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 (torch's)
         """The equation."""
-        matrix = self.matrix(self)
-        seen = self.weight_quantizer(matrix)
-        weight = self.weight if seen is matrix else transposed_weight(seen, self.groups, self.kernel_size)
-        return self.convolution(
-            self.input_quantizer(input), weight, seen_bias(self), self.stride, self.padding,
-            self._output_padding(
-                input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size),
-                self.dilation,
-            ),
-            self.groups, self.dilation,
+        rows = _rows(self)
+        x, matrix = self.input_quantizer(input), folded(self, rows)
+        padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size),
+            self.dilation,
         )  # fmt: skip
+
+        def spread(seen: Tensor, bias: Tensor | None) -> Tensor:
+            weight = self.weight if seen is rows else self.stored(seen)
+            return self.convolution(
+                x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+            )
+
+        return output_of(self, self.weight_quantizer(matrix), rows, spread)
+
+
+def _rows(module: Any) -> Tensor:
+    of_groups = module.weight.unflatten(0, (module.groups, -1))
+    return of_groups.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def transposed_weight(matrix: Tensor, groups: int, kernel_size: tuple[int, ...]) -> Tensor:

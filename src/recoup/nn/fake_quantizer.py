@@ -223,6 +223,17 @@ class FakeQuantizer(LatticeState):
                 state[:, columns] = value
         self._keep_global_scale(qparams.global_scale)
 
+    @torch.no_grad()
+    def stretch(self, factor: Tensor) -> None:
+        """Let scales that are state follow rows that are multiplied by a factor: the codes stay.
+
+        Args:
+            factor: (rows), above 0; every row has scales of its own.
+        """
+        for state in (self.scale, self.offset):
+            if state is not None:
+                state.mul_(factor[:, None])
+
     def _keep_global_scale(self, global_scale: Tensor | None) -> None:
         if self.global_scale is not None and global_scale is not None:
             self.global_scale.copy_(global_scale)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recoup.nn.batch_norm import folded_bias, norm_of
 from recoup.nn.fake_quantizer import FakeQuantizer
 
 _LARGEST = 2**31 - 128  # in float32 the number before 2^31
@@ -22,7 +23,7 @@ def seen_bias(module: Any) -> Tensor | None:
     Args:
         module: prepared; its bias is (outputs,) or None.
     """
-    bias: Tensor | None = module.bias
+    bias = folded_bias(module)
     if bias is None or not module.scheme.integer_bias:
         return bias
     if not (module.input_quantizer.enabled and module.weight_quantizer.enabled):
@@ -39,7 +40,9 @@ def coded_bias(prepared: Any) -> tuple[Tensor | None, Tensor | None]:
     Raises:
         ValueError: it is more steps than an int32 holds.
     """
-    bias: Tensor | None = prepared.bias
+    bias = folded_bias(prepared)
+    if bias is not None and norm_of(prepared) is not None:
+        bias = nn.Parameter(bias, requires_grad=False)
     if bias is None or not prepared.scheme.integer_bias:
         return bias, None
     step = _step(prepared)
@@ -67,8 +70,9 @@ def make_room(module: Any) -> None:
     quantizer: FakeQuantizer = module.weight_quantizer
     if getattr(module, "bias", None) is None or quantizer.scale is None:
         return
-    qparams = quantizer.stored_qparams
-    least = module.bias.float().abs() / (_ROOM * _input_scale(module))
+    qparams, bias = quantizer.stored_qparams, folded_bias(module)
+    assert bias is not None
+    least = bias.float().abs() / (_ROOM * _input_scale(module))
     quantizer.keep(replace(qparams, scale=torch.maximum(qparams.scale, least.reshape(-1, 1))))
 
 

@@ -5,11 +5,13 @@ stay tied, and a fake quantizer for every tensor that its scheme names. Its forw
 """
 
 import sys
+from functools import partial
 from typing import ClassVar, Self, TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recoup.nn.batch_norm import BatchNorm, folded, norm_of
 from recoup.nn.conv import (
     QuantConv1d,
     QuantConv2d,
@@ -24,7 +26,15 @@ from recoup.nn.fused import fused_linear, fuses
 from recoup.nn.integer_bias import seen_bias
 from recoup.nn.lora import LoRA, low_rank_of
 from recoup.nn.recurrent import QuantGRU, QuantLSTM
-from recoup.nn.twin import Inputs, QuantModule, adopt, input_quantizer, weight_names, weight_quantizer
+from recoup.nn.twin import (
+    Inputs,
+    QuantModule,
+    adopt,
+    input_quantizer,
+    output_of,
+    weight_names,
+    weight_quantizer,
+)
 from recoup.numerics import merged
 from recoup.schemes import Scheme
 
@@ -37,6 +47,7 @@ class QuantLinear(nn.Linear):
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | nn.Identity
     lora: LoRA | None
+    batch_norm: BatchNorm | None
 
     @classmethod
     def from_float(cls, module: nn.Linear, scheme: Scheme, path: str) -> Self:
@@ -51,15 +62,19 @@ class QuantLinear(nn.Linear):
             ValueError: the weight does not fit the scheme's blocks or is not finite.
         """
         twin = adopt(cls, module, path)
-        twin.scheme, twin.lora = scheme, None
+        twin.scheme, twin.lora, twin.batch_norm = scheme, None, None
         twin.weight_quantizer = weight_quantizer(cls.matrix(module), scheme, path)
         twin.input_quantizer = input_quantizer(module.in_features, scheme, path, module.weight.device)
         return twin
 
     @staticmethod
     def matrix(module: nn.Linear) -> Tensor:
-        """The weight itself, with what an adapter adds."""
-        return merged(module.weight, low_rank_of(module))
+        """The weight itself, with what an adapter adds, and with the factors of a norm."""
+        return folded(module, merged(module.weight, low_rank_of(module)))
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The 2-D view, put back as torch takes it."""
+        return matrix
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The equation."""
@@ -116,9 +131,10 @@ def _linear(module: QuantLinear | QuantConv1D, x: Tensor, weight: Tensor) -> Ten
     """F.linear of quantized tensors, as one function where that is the same."""
     low_rank = None if module.lora is None else module.lora.drawn()
     of_x, of_weight = module.input_quantizer, module.weight_quantizer
-    if fuses(x, of_x, of_weight):
+    if norm_of(module) is None and fuses(x, of_x, of_weight):
         return fused_linear(x, weight, seen_bias(module), of_x, of_weight, low_rank)
-    return F.linear(of_x(x), of_weight(merged(weight, low_rank)), seen_bias(module))
+    rows = merged(weight, low_rank)
+    return output_of(module, of_weight(folded(module, rows)), rows, partial(F.linear, of_x(x)))
 
 
 class QuantEmbedding(nn.Embedding):

@@ -1,13 +1,16 @@
 """What every quantized twin of a float module is made of: the float module's own state, and quantizers."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from recoup.nn.batch_norm import norm_of, normalised
 from recoup.nn.fake_quantizer import FakeQuantizer
+from recoup.nn.integer_bias import seen_bias
 from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
 
@@ -141,6 +144,23 @@ def adopt(cls: type[Module], module: nn.Module, path: str) -> Module:
     for registered in ("_parameters", "_buffers", "_modules"):
         vars(twin)[registered] = copy.copy(vars(module)[registered])
     return twin
+
+
+def output_of(
+    module: Any, seen: Tensor, weight: Tensor, compute: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """What a prepared layer returns: its sums, normalised by the batch where it has a norm in training mode.
+
+    Args:
+        module: the layer.
+        seen: its weight as its quantizer returns it, with a norm's factors.
+        weight: without these and before the quantizer, in the same layout.
+        compute: from a weight and a bias to the sums.
+    """
+    norm = norm_of(module)
+    if norm is not None and norm.training:
+        return normalised(module, seen, weight, compute)
+    return compute(seen, seen_bias(module))
 
 
 def weight_quantizer(weight: Tensor, scheme: Scheme, path: str) -> FakeQuantizer:

@@ -172,6 +172,18 @@ class LoraSettings(_Section):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+class BatchNormSettings(_Section):
+    """Norms that were folded into quantized layers normalise by batch again; see `recoup.add_batch_norm`.
+
+    Args:
+        freeze: their statistics stay as they are after so many steps; null moves them to the end.
+        reestimate: so many batches of training give the statistics at the end; 0 leaves those of training.
+    """
+
+    freeze: int | None = Field(default=None, ge=0)
+    reestimate: int = Field(default=20, ge=0)
+
+
 class TrainSettings(_Section):
     """Quantization-aware training.
 
@@ -204,6 +216,7 @@ class TrainSettings(_Section):
             result to the bit, in less memory and more time.
         parameters: "scales" trains learned scales and offsets alone (EfficientQAT's end-to-end phase, Chen et
             al. 2024, arXiv:2407.11062, section 3.3).
+        batch_norm: norms that were folded normalise by batch again; null leaves them folded.
         lora: trains adapters, and scales that are learned, in place of everything; they are merged at the
             end.
     """
@@ -228,6 +241,7 @@ class TrainSettings(_Section):
     checkpoint_every: int = Field(default=50, ge=1)
     activation_checkpointing: bool = False
     parameters: Literal["all", "scales"] = "all"
+    batch_norm: BatchNormSettings | None = None
     lora: LoraSettings | None = None
 
     @model_validator(mode="after")
@@ -243,6 +257,27 @@ class TrainSettings(_Section):
             raise ValueError(
                 f"lora.dropout {self.lora.dropout} asked, but a loss without task follows the float model "
                 "without noise; set it to 0, or mix in task"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _norms_see_training(self) -> "TrainSettings":
+        if self.batch_norm is None:
+            return self
+        if self.lora is not None or self.parameters == "scales":
+            trained = "adapters" if self.lora is not None else "scales alone"
+            raise ValueError(
+                f"batch_norm asked, and {trained} train, which leaves norms as they are; leave it out"
+            )
+        if self.activation_checkpointing:
+            raise ValueError(
+                "batch_norm and activation_checkpointing asked; computing twice would move statistics twice: "
+                "leave one out"
+            )
+        if self.batch_norm.freeze is not None and self.batch_norm.freeze >= self.steps:
+            raise ValueError(
+                f"batch_norm.freeze {self.batch_norm.freeze} asked of {self.steps} steps, so none would "
+                "freeze; leave it out, and statistics move to the end"
             )
         return self
 

@@ -1,5 +1,6 @@
 """The only room that steps an optimizer on the task."""
 
+from recoup.train.batch_norm import add_batch_norm, check_batch_norm, merge_batch_norm
 from recoup.train.examination import Examination
 from recoup.train.fingerprint import fingerprint
 from recoup.train.finite import NonFiniteLossError
@@ -16,7 +17,9 @@ __all__ = [
     "LOSSES",
     "Examination",
     "NonFiniteLossError",
+    "add_batch_norm",
     "add_lora",
+    "check_batch_norm",
     "check_lora",
     "check_scales",
     "check_scales_are_trained",
@@ -26,6 +29,7 @@ __all__ = [
     "fingerprint",
     "float_copy",
     "load_lora",
+    "merge_batch_norm",
     "merge_lora",
     "param_groups",
     "save_lora",

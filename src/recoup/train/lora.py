@@ -9,7 +9,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from recoup.nn import FakeQuantizer, LoRA, QuantConv1D, QuantLinear, is_coded, is_prepared, refuse_peft
+from recoup.nn import (
+    FakeQuantizer,
+    LoRA,
+    QuantConv1D,
+    QuantLinear,
+    is_coded,
+    is_prepared,
+    norm_of,
+    refuse_peft,
+)
 from recoup.schemes.parse import parse
 from recoup.schemes.recipe import LoraSettings, TrainSettings
 
@@ -101,6 +110,12 @@ def check_lora(model: nn.Module, settings: LoraSettings) -> dict[str, Linear]:
         raise ValueError(f"lora: the model is {state}; adapters go between recoup.prepare and recoup.convert")
     if _adapted(model):
         raise ValueError("lora: the model has adapters; merge them first, with recoup.merge_lora(model)")
+    kept = next((name for name, module in layers.items() if norm_of(cast(Any, module)) is not None), None)
+    if kept is not None:
+        raise ValueError(
+            f"lora: {kept} has its norm inside, which an adapter's frozen layer would not train; "
+            "merge it first, with recoup.merge_batch_norm(model)"
+        )
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])

@@ -22,6 +22,7 @@ from recoup.nn import Batch, NonFiniteError, device_of, evaluating, moved, quant
 from recoup.progress import progress
 from recoup.schemes.recipe import TrainSettings
 from recoup.train.activations import activations_recomputed
+from recoup.train.batch_norm import kept_norms, normed, reestimate
 from recoup.train.best import Best
 from recoup.train.checkpoints import Checkpoints
 from recoup.train.dampening import dampen
@@ -61,7 +62,8 @@ def train(
     The weights end as those of the step with the lowest held-out loss, the start included, so training
     never leaves a model that is worse there than it was. Dropout is on only when the task loss is part of
     the loss: a teacher is followed without noise. Adapters of `settings.lora` are merged at the end; those of
-    `add_lora` stay. Never touches the calibration of static ranges, nor what is frozen.
+    `add_lora` stay. So are norms of `settings.batch_norm`, and so do those of `add_batch_norm`. Never touches
+    what is frozen, nor the calibration of static ranges but where new statistics of norms are a factor of it.
 
     What goes wrong with quantizers is looked for after the first step, at every look at held-out batches and
     at the end; it is logged as a warning of the logger "recoup", and kept as `model.recoup_symptoms`, a list
@@ -75,16 +77,18 @@ def train(
             with `teacher_logits` the model itself.
         held_out: batches that are never trained on; without them the last step stays.
         record: called with {"step", "loss", "learning_rate", "held_out" where measured, "stopped_early" at
-            a last step that is not `settings.steps`} as training goes; entries from before an interruption
-            are told again.
+            a last step that is not `settings.steps`} as training goes, and with {"step", "reestimated",
+            "held_out"} once the statistics of norms are from so many batches; entries from before an
+            interruption are told again.
         checkpoints: a folder. Every `settings.checkpoint_every` steps, after the last one and at Ctrl-C, all
             that training knows is saved there; the same call goes on from it, to the same bits. With
             `teacher_logits` the teacher's answers are kept there, too.
 
     Raises:
         ValueError: the model is not prepared, has parameters that are not float32 or state that is no
-            tensor, or returns nothing that the loss could use; nothing to train; see `add_lora`; no batches;
-            early stop without held-out batches; checkpoints of another training.
+            tensor, or returns nothing that the loss could use; nothing to train; see `add_lora` and
+            `add_batch_norm`; norms in several processes; no batches; early stop without held-out batches;
+            checkpoints of another training.
         NonFiniteLossError: the loss or a gradient is not finite; names the first place with such a value.
         OSError: a checkpoint cannot be written; those before it are kept.
     """
@@ -102,6 +106,11 @@ def train(
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=settings.accumulate
     )
+    if settings.batch_norm is not None and accelerator.num_processes > 1:
+        raise ValueError(
+            f"batch_norm: asked in {accelerator.num_processes} processes, and each would have statistics of "
+            "its own; train in one process, or leave it out"
+        )
     identity, saves = dict[str, Any](), None
     if checkpoints is not None:
         identity = _identity(model, batches, settings, teacher, held_out)
@@ -110,7 +119,8 @@ def train(
     home, roots = device_of(model), (model,) if teacher is None else (model, teacher)
     modes = {module: module.training for root in roots for module in root.modules()}
     try:
-        with trained_parameters(model, settings):  # merges where it was trained, for the same bits
+        # Both merge where it was trained, for the same bits.
+        with kept_norms(model, kept=settings.batch_norm is not None), trained_parameters(model, settings):
             if settings.teacher_logits is None or checkpoints is None:
                 asked = _in_memory(model, teacher, settings, accelerator.device)
             else:
@@ -211,6 +221,7 @@ class _Training:
                 if interrupted():
                     raise KeyboardInterrupt
         self.best.restore()
+        self._reestimate(record)
         self.model.recoup_symptoms = self.examination.symptoms  # pyright: ignore[reportArgumentType]
 
     def _one_step(self, stream: Iterator[Batch], record: Record) -> float:
@@ -218,6 +229,10 @@ class _Training:
         frozen = self.settings.freeze_ranges is not None and self.step > self.settings.freeze_ranges
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = 0.0 if frozen and group["ranges"] else rate * self.share(self.step - 1)
+        if self.settings.batch_norm is not None:
+            freeze = self.settings.batch_norm.freeze
+            for layer in normed(self.model).values():  # also where a teacher is followed in evaluation mode
+                layer.batch_norm.train(freeze is None or self.step <= freeze)
         loss = sum(self._accumulate(next(stream)) for _ in range(self.settings.accumulate))
         entry = {"step": self.step, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         looks = self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps
@@ -229,6 +244,15 @@ class _Training:
             entry["stopped_early"] = 1.0
         self._tell(entry, record)
         return loss
+
+    def _reestimate(self, record: Record) -> None:
+        """Take the statistics of norms from batches of training, and keep them if held-out batches agree."""
+        if self.settings.batch_norm is None or not self.settings.batch_norm.reestimate:
+            return
+        taken = min(self.settings.batch_norm.reestimate, len(self.batches))
+        reestimate(self.model, [self.batches[index] for index in range(taken)])
+        self._tell({"step": self.step, "reestimated": taken, **self._look()}, record)
+        self.best.restore()
 
     def _look(self) -> dict[str, float]:
         """At the held-out batches, and at the model as it is evaluated."""

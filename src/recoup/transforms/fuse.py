@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recoup.nn import Batch, call, device_of, evaluating, moved, quant_type, weight_of
+from recoup.nn import Batch, call, device_of, evaluating, moved, quant_type, remember, weight_of
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed | nn.Linear
@@ -61,8 +61,8 @@ def fuse(model: nn.Module, example: Batch) -> nn.Module:
 
     A norm is folded when its input is the very tensor that a convolution or an nn.Linear returned and each of
     the two runs once. It becomes an nn.Identity; the layer keeps its weight as the same Parameter,
-    and gets a bias if it had none. Every other norm stays, and all do where the model returns no tensors to
-    compare. A model without BatchNorm is not even run.
+    gets a bias if it had none, and remembers what the norm was, for `add_batch_norm`. Every other norm stays,
+    and all do where the model returns no tensors to compare. A model without BatchNorm is not even run.
     Never changes what the model computes in evaluation, nor which modules are in training mode.
 
     Args:
@@ -101,6 +101,8 @@ def fuse(model: nn.Module, example: Batch) -> nn.Module:
                 f"{drift:.3g} (relative, RMS), where rounding explains {allowed:.3g}, as when its output is "
                 "used elsewhere too; give the norm a copy (x.clone()), and it stays as it is"
             )
+    for pair in pairs:
+        remember(pair.layer, pair.norm)
     return model
 
 
