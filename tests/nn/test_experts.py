@@ -399,8 +399,8 @@ def test_a_norm_of_every_experts_output_is_applied() -> None:
     torch.testing.assert_close(ready(layer, "w8a16", batch)(*batch), expected, rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_target_refuses_experts_before_any_work(target: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "compressed-tensors"])
+def test_other_targets_refuse_experts_before_any_work(target: str, tmp_path: Any) -> None:
     message = (
         rf"^experts: {target} files do not hold quantized Experts yet; keep it in float with \{{match: exp"
     )

@@ -28,6 +28,7 @@ from recoup.export.compressed_tensors_kernels import (
     kernel_for,
 )
 from recoup.export.tensor_parallel import check_joined_blocks, parts
+from recoup.nn import CodedExperts
 from recoup.schemes import Scheme
 
 # Reader -> the oldest and the newest release whose answers the table holds.
@@ -230,6 +231,12 @@ def check_consumer(
             names the module, the release and what to do.
     """
     name, oldest, newest = _asked(consumer)
+    for path, (_, kind) in modules.items():
+        if kind is CodedExperts:
+            raise ValueError(
+                f"{path}: {consumer} asked, what it makes of quantized experts is not known here; leave "
+                "consumer out"
+            )
     if gpu is not None:
         _check_gpu(gpu, name, oldest)
     for path, (scheme, _) in modules.items():

@@ -14,6 +14,7 @@ from torch import nn
 
 from recoup.export.compressed_tensors_config import PACKED, layout
 from recoup.export.fused import siblings
+from recoup.nn import CodedExperts
 from recoup.schemes import Scheme
 
 _WORD = 32  # bits
@@ -39,7 +40,9 @@ def check_split(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]], dev
         )
     if wrong := _heads(model, devices):
         raise ValueError(f"export.tensor_parallel: {wrong} cannot be dealt to {devices} devices")
-    for path, (scheme, _) in modules.items():
+    for path, (scheme, kind) in modules.items():
+        if kind is CodedExperts:
+            continue
         style = _style(model, path)
         if path.endswith("lm_head") or not style:
             continue

@@ -36,7 +36,7 @@ from recoup.nn.conv import (
     QuantConvTranspose2d,
     QuantConvTranspose3d,
 )
-from recoup.nn.experts import QuantExperts, routers
+from recoup.nn.experts import ExpertsOfLinears, QuantExperts, is_experts, routers
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
 from recoup.nn.fits import check_shape, check_surroundings, kept_by_type, no_form, type_name
 from recoup.nn.integer_bias import make_room, seen_bias
@@ -86,6 +86,7 @@ __all__ = [
     "CodedLinear",
     "CodedModule",
     "Codes",
+    "ExpertsOfLinears",
     "FakeQuantizer",
     "LoRA",
     "NonFiniteError",
@@ -115,6 +116,7 @@ __all__ = [
     "device_of",
     "evaluating",
     "is_coded",
+    "is_experts",
     "is_prepared",
     "kept_by_type",
     "low_rank_of",
