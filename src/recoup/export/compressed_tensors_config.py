@@ -30,6 +30,7 @@ from recoup.schemes import Scheme
 PACKED, INT8, FLOAT8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP8, MXFP4, NVFP4 = "mxfp8-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 MIXED = "mixed-precision"
+STACKED = (PACKED, MXFP4)  # of whose experts transformers makes stacks, with float inputs
 
 # (weights, inputs) -> storage format; the names are those of `_name`. By itself the library would store
 # 4-bit weights with int8 inputs one to a byte; the packed form is half as large, and vLLM reads it.

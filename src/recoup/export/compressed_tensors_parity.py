@@ -40,7 +40,6 @@ from recoup.numerics import IntFormat, dequantize
 _TINY = torch.finfo(torch.float32).tiny
 _BFLOAT16 = 2.0**-8  # its unit roundoff
 _LATTICES = 2  # the library derives dynamic scales of inputs by rules of its own
-_STACKED = (schema.PACKED, schema.MXFP4)  # formats of which transformers makes stacks of experts
 _OTHERS: dict[str, tuple[str, tuple[int, ...]]] = {  # the names here: those of the file, and the shape here
     "global_divisor": ("weight_global_scale", ()),
     "input_global_divisor": ("input_global_scale", ()),
@@ -142,7 +141,7 @@ def _reads_stacks(trained: Trained, engine: nn.Module) -> bool:
     (`CompressedTensorsDequantize`, integrations/compressed_tensors.py).
     """
     layouts = [schema.layout(trained.modules[path].scheme) for path in targets_of(engine)]
-    readable = all(one.format in _STACKED and one.inputs is None for one in layouts)
+    readable = all(one.format in schema.STACKED and one.inputs is None for one in layouts)
     return readable and len({str(one) for one in layouts}) == 1
 
 
