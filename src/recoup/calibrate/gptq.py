@@ -6,11 +6,13 @@ calibration data. Rounding column j by e_j, the best answer of the columns after
 arXiv:2210.17323, algorithm 1).
 
 The layers are taken as one forward pass over all the data reaches them, so that each sees the inputs that
-the quantized layers before it really give. What is stored is each column as it was just before it was
-rounded: round-to-nearest of these weights is GPTQ's solution, so fake quantization, training and export go
-on as ever, and a training that follows still has a float weight to move.
+the quantized layers before it really give. An expert of a mixture sees the tokens that are routed to it, and
+what its rounded first matrix makes of them goes into its second. What is stored is each column as it was
+just before it was rounded: round-to-nearest of these weights is GPTQ's solution, so fake quantization,
+training and export go on as ever, and a training that follows still has a float weight to move.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -26,14 +28,15 @@ from recoup.calibrate.observers import best_share
 from recoup.nn import (
     Batch,
     FakeQuantizer,
-    OneWeight,
     QuantConv1D,
+    QuantExperts,
     QuantLinear,
     call,
     device_of,
     evaluating,
     is_prepared,
     moved,
+    quantizers_of,
     size_of,
     without_labels,
 )
@@ -48,9 +51,9 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     """Move linear layers' weights so that rounding costs their outputs less; in place, returns the model.
 
     Scales of groups are chosen anew, by least squared error, when their columns are reached; scales of whole
-    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings, experts, LSTMs, GRUs,
-    weights that several modules share and layers that a pass runs more than once stay as they are. The float
-    model is lost: copy a teacher before.
+    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings, LSTMs, GRUs, weights
+    that several modules share, layers that a pass runs more than once and experts to which no token goes stay
+    as they are. The float model is lost: copy a teacher before.
 
     Args:
         model: prepared and calibrated.
@@ -87,7 +90,10 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
 
     def compensate(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if left.pop(module, None) is not None:
-            _compensate(cast(Any, module), next(iter((*arguments, *named.values()))), factors)
+            if isinstance(module, QuantExperts):
+                _compensate_experts(module, factors, *arguments, **named)
+            else:
+                _compensate(cast(Any, module), next(iter((*arguments, *named.values()))), factors)
             advance("rounding as GPTQ does")
 
     def stop_after_the_last(*_: Any) -> None:
@@ -121,21 +127,23 @@ def check_layers(model: nn.Module) -> None:
     if not layers:
         raise ValueError("gptq: the plan quantizes no linear layer with a weight of its own; leave it out")
     for module in cast(Any, layers):
-        quantizer = module.weight_quantizer
-        if module.lora is not None:
-            raise ValueError(
-                f"{quantizer.path}: gptq moves the weight, and an adapter adds to it; call recoup.merge_lora "
-                "first"
-            )
-        if quantizer.spec.ranges == "dynamic":
-            raise ValueError(
-                f"{quantizer.path}: its scales follow the weight, and gptq decides them; use static ranges"
-            )
-        if module.weight.dtype != torch.float32:
-            raise ValueError(
-                f"{quantizer.path}: {module.weight.dtype} cannot hold what gptq decides; call model.float() "
-                "before recoup.prepare"
-            )
+        for name, quantizer in quantizers_of(module).items():
+            if getattr(module, "lora", None) is not None:
+                raise ValueError(
+                    f"{quantizer.path}: gptq moves the weight, and an adapter adds to it; call "
+                    "recoup.merge_lora first"
+                )
+            if quantizer.spec.ranges == "dynamic":
+                raise ValueError(
+                    f"{quantizer.path}: its scales follow the weight, and gptq decides them; use static "
+                    "ranges"
+                )
+            dtype = module.get_parameter(name).dtype
+            if dtype != torch.float32:
+                raise ValueError(
+                    f"{quantizer.path}: {dtype} cannot hold what gptq decides; call model.float() before "
+                    "recoup.prepare"
+                )
 
 
 def check_batches(batches: Sequence[Batch]) -> None:
@@ -161,10 +169,10 @@ def _layers(model: nn.Module) -> dict[nn.Module, str]:
     holders = Counter(parameter for m in model.modules() for parameter in m.parameters(recurse=False))
     layers: dict[nn.Module, str] = {}
     for module in model.modules():
-        if is_prepared(module) and module.inputs_are == "tokens":
-            linear = cast(OneWeight, module)
-            if holders[cast(Any, linear.weight)] == 1:
-                layers[cast(nn.Module, module)] = linear.weight_quantizer.path
+        if is_prepared(module) and module.inputs_are in ("tokens", "routed"):
+            layer, quantizers = cast(nn.Module, module), quantizers_of(module)
+            if all(holders[layer.get_parameter(name)] == 1 for name in quantizers):
+                layers[layer] = next(iter(quantizers.values())).path
     return layers
 
 
@@ -214,6 +222,34 @@ def _compensate(module: QuantLinear | QuantConv1D, inputs: Tensor, factors: _Fac
     x = module.input_quantizer(inputs).reshape(-1, inputs.shape[-1]).float()
     weight = module.matrix(cast(Any, module))
     weight.copy_(_compensated(weight.float(), factors.of(x), module.weight_quantizer))
+
+
+def _compensate_experts(
+    module: Any, factors: _Factors, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> None:
+    """Every expert as Linears of its own, with the tokens that go to it; see `QuantExperts.forward`."""
+    del top_k_weights  # it scales what an expert gives, all of it
+    quantizers = quantizers_of(module)
+    for expert in top_k_index.unique().tolist():
+        x = hidden_states[torch.where(top_k_index.T.eq(expert))[1]]
+        for name, of_all in quantizers.items():
+            weight, quantizer = module.matrix_of(name, expert), _of_expert(of_all, expert, module.num_experts)
+            seen = getattr(module, f"{name}_input_quantizer")(x)
+            weight.copy_(_compensated(weight.float(), factors.of(seen.float()), quantizer))
+            if name != "down_proj":
+                x = module.inner(expert, seen, quantizer(weight))
+
+
+def _of_expert(quantizer: FakeQuantizer, expert: int, experts: int) -> FakeQuantizer:
+    """That of one matrix of a stack; it shares the scales."""
+    found = copy.copy(quantizer)
+    for registered in ("_parameters", "_buffers"):
+        held = vars(found)[registered] = dict(vars(quantizer)[registered])
+        for name, state in held.items():
+            if state is not None and state.ndim == 2:
+                part = state.detach().unflatten(0, (experts, -1))[expert]
+                held[name] = nn.Parameter(part) if isinstance(state, nn.Parameter) else part
+    return found
 
 
 def _compensated(

@@ -74,6 +74,11 @@ class Experts(nn.Module):
             y.index_add_(0, tokens, weighted.to(y.dtype))
         return y
 
+    def inner(self, expert: int, x: Tensor, matrix: Tensor) -> Tensor:
+        """What an expert's rounded first matrix makes of its quantized inputs, for its second one."""
+        y, bias = F.linear(x, matrix), f"{_names(self)[0]}_bias"
+        return self._apply_gate(y + getattr(self, bias)[expert] if self.has_bias else y)
+
     def linear(self, name: str) -> Linear:
         """What the matrices of this name do with an expert's tokens."""
         matrices, quantizer = self.matrices(name).unbind(), getattr(self, f"{name}_input_quantizer")
@@ -159,6 +164,11 @@ class QuantExperts(Experts):
         if any(quantizer.enabled or listened_to(quantizer) for quantizer in quantizers):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         return self.float_type.forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def matrix_of(self, name: str, expert: int) -> Tensor:
+        """The matrix of this name of one expert, (out, in), as a view of its Parameter."""
+        matrix = self.get_parameter(name)[expert]
+        return matrix.T if self.is_transposed else matrix
 
     def matrices(self, name: str) -> Tensor:
         """The rounded matrices of this name, (experts, out, in)."""
