@@ -12,7 +12,15 @@ from transformers.integrations.moe import use_experts_implementation
 from recoup import calibrate, convert, explain, prepare, resolve
 from recoup.calibrate import gptq
 from recoup.export import TARGETS, export, preflight
-from recoup.nn import FakeQuantizer, QuantExperts, call, matrices_of, quantization_off, quantizers_of
+from recoup.nn import (
+    FakeQuantizer,
+    QuantExperts,
+    call,
+    kept_weight,
+    matrices_of,
+    quantization_off,
+    quantizers_of,
+)
 from tests.models import recipe
 from tests.nn.mixtures import CONFIGS, EXPERTS, experts_of, mixture, words
 
@@ -115,6 +123,56 @@ def test_experts_are_linears_of_their_own_bit_for_bit(name: str, scheme: str) ->
         expected = torch.stack([projection.weight.grad for projection in projections])
         found = layer.experts.get_parameter(stack).grad
         assert torch.equal(found.transpose(1, 2) if layer.experts.is_transposed else found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *((name, "w4a8") for name in CONFIGS),
+        *(("qwen3", scheme) for scheme in (*LATTICES, "w8a16", "mxint8", "fp8")),
+        ("qwen3", recipe("w2a16", weight_ranges="learned")),
+    ],
+)
+def test_kept_codes_have_the_bits_of_rounding_at_every_pass(name: str, scheme: Any) -> None:
+    layer, seen, batch = layer_of(name), [routed()], routed(among=EXPERTS - 1)
+    found: list[list[Tensor]] = []
+    for impl in ("reference", "fused"):
+        made: Any = copy.deepcopy(layer)
+        calibrate(prepare(made, resolve(made, scheme), impl=impl), seen)
+        x = batch[0].clone().requires_grad_()
+        y = made(x, *batch[1:])
+        y.square().sum().backward()
+        gradients = [parameter.grad for parameter in made.parameters() if parameter.grad is not None]
+        assert x.grad is not None
+        found.append([y.detach(), x.grad, *gradients])
+    assert len(found[0]) == len(found[1]) > 3
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss, transposed"])
+def test_codes_are_decided_once_for_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = layer_of(name)
+    calibrate(prepare(layer, resolve(layer, "w4a8"), impl="fused"), [routed()])
+    decided: list[str] = []
+    decide = kept_weight._decided
+
+    def counted(quantizer: Any, weight: Tensor, over: Tensor | None = None) -> Any:
+        decided.append(quantizer.path)
+        return decide(quantizer, weight, over)
+
+    monkeypatch.setattr(kept_weight, "_decided", counted)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    for step in (1, 2):
+        for _ in range(3):
+            layer(*routed()).sum().backward()
+        assert decided == ["experts.gate_up_proj", "experts.down_proj"] * step
+        fresh: Any = copy.deepcopy(layer)
+        for quantizer in quantizers_of(fresh.experts).values():
+            quantizer.impl = "reference"
+        batch = routed()
+        assert torch.equal(layer(*batch), fresh(*batch))
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize(

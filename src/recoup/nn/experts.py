@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
-from recoup.nn.fused import listened_to
+from recoup.nn.fused import fused_matrices, fused_matrix, fuses, listened_to
 from recoup.nn.twin import Inputs, Weight, adopt, input_quantizer, stack_quantizer
 from recoup.schemes import Scheme
 
@@ -164,6 +164,18 @@ class QuantExperts(Experts):
         if any(quantizer.enabled or listened_to(quantizer) for quantizer in quantizers):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         return self.float_type.forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def linear(self, name: str) -> Linear:
+        """What they do with an expert's tokens, as one function where that is the same; see `fused.py`."""
+        stack = self.get_parameter(name)
+        of_x, of_stack = getattr(self, f"{name}_input_quantizer"), getattr(self, f"{name}_quantizer")
+        if not fuses(stack, of_x, of_stack):
+            return super().linear(name)
+        matrices = fused_matrices(stack, self.view(self, name).matrix, self.num_experts, of_stack)
+        if not self.has_bias:
+            return lambda expert, x: fused_matrix(x, matrices[expert], of_x, of_stack)
+        biases = self.get_parameter(f"{name}_bias")
+        return lambda expert, x: fused_matrix(x, matrices[expert], of_x, of_stack) + biases[expert]
 
     def matrix_of(self, name: str, expert: int) -> Tensor:
         """The matrix of this name of one expert, (out, in), as a view of its Parameter."""
