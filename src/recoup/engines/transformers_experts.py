@@ -118,7 +118,7 @@ def quantized_experts(kind: Any, folder: Path) -> dict[str, dict[str, Place]]:
         kind: the class of the model.
         folder: with its config and weights.
     """
-    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    config = kind.config_class.from_json_file(folder / "config.json")
     if getattr(config, "quantization_config", None) is None or not _has_scales(Shards(folder)):
         return {}
     with torch.device("meta"):
@@ -140,11 +140,16 @@ def load_as_linears(
     Returns:
         The model, and what transformers says of its other tensors.
     """
-    config, tensors = kind.config_class.from_pretrained(folder, local_files_only=True), Shards(folder)
+    config, tensors = kind.config_class.from_json_file(folder / "config.json"), Shards(folder)
     names = {name for found in experts.values() for name in found}
     others = {key: tensors[key] for key in tensors if key.rpartition(".")[0] not in names}
     model, loaded = kind.from_pretrained(
-        None, config=config, state_dict=others, dtype=torch.float32, output_loading_info=True
+        None,
+        config=config,
+        state_dict=others,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     stacks = {f"{path}.{place.stack}" for path, found in experts.items() for place in found.values()}
     loaded["missing_keys"] = set(loaded["missing_keys"]) - stacks
