@@ -27,7 +27,7 @@ def prepared(scheme: Scheme | str, x: Tensor) -> nn.Module:
 
 
 def by_elimination(weight: np.ndarray, x: np.ndarray, scale: np.ndarray, lo: int, hi: int) -> np.ndarray:
-    """Optimal brain quantization in a fixed order: after each column its row and column leave the inverse.
+    """Optimal brain quantization, large inputs first: after each column its row and column leave the inverse.
 
     Frantar et al. 2022 (arXiv:2210.17323), equations 2 and 3, with the damping of section 3.3.
     """
@@ -35,7 +35,7 @@ def by_elimination(weight: np.ndarray, x: np.ndarray, scale: np.ndarray, lo: int
     hessian += 0.01 * np.diag(hessian).mean() * np.eye(len(hessian))
     inverse, weight = np.linalg.inv(hessian), weight.copy()
     codes = np.empty_like(weight)
-    for j in range(weight.shape[1]):
+    for j in np.argsort(-np.square(x).sum(axis=0)):
         codes[:, j] = np.clip(np.rint(weight[:, j] / scale), lo, hi)
         error = (weight[:, j] - codes[:, j] * scale) / inverse[j, j]
         weight -= np.outer(error, inverse[j])
@@ -50,9 +50,10 @@ def test_the_codes_are_those_of_elimination_column_by_column(bits: int) -> None:
     x = correlated()
     model = prepared(Scheme(name="rows", weights=weights), x)
     layer: Any = model[0]
-    weight, scale = layer.weight.detach().double().numpy(), layer.weight_quantizer.scale.double().numpy()
-    expected = by_elimination(weight, x.double().numpy(), scale[:, 0], int(grid.lo), int(grid.hi))
+    weight = layer.weight.detach().double().numpy()
     gptq(model, [x])
+    scale = layer.weight_quantizer.scale[:, 0].double().numpy()
+    expected = by_elimination(weight, x.double().numpy(), scale, int(grid.lo), int(grid.hi))
     codes = recoup.convert(model)[0].weight.codes.numpy()
     # The factor is float32: a value beside a tie may fall the other way, and moves what follows in its row.
     assert (codes == expected).mean() > 0.995
@@ -178,19 +179,32 @@ def test_a_layer_that_runs_twice_stays_and_one_called_by_name_does_not() -> None
     assert not torch.equal(model.once.weight, once)
 
 
-def test_blocks_under_a_global_scale_get_their_own_least_squares() -> None:
-    x = correlated()
-    model = nn.Sequential(nn.Linear(INPUTS, OUTPUTS))
-    with torch.no_grad():
-        model[0].weight[0, 0] = 50.0  # so that the global scale is far from that of every other block
-    calibrate(recoup.prepare(model, recoup.resolve(model, "nvfp4a16")), [x], observer="mse")
-    quantizer: Any = model[0].weight_quantizer
-    before, weight = quantizer.global_scale.clone(), model[0].weight.detach().clone()
-    nearest = (quantizer(weight) - weight)[1:, :16].square().sum()
+@pytest.mark.parametrize("name", ["w2a16", "w4a16", "q4_1", "nvfp4a16", "w8a8"])
+@torch.no_grad()
+def test_scales_are_those_of_the_least_error_weighted_by_inputs(name: str) -> None:
+    model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(64, 128) * torch.logspace(-1, 1, 128)
+    model[0].weight[0, 0] = 50.0  # so that a global scale is far from that of every other block
+    calibrate(recoup.prepare(model, recoup.resolve(model, name)), [x], observer="mse")
+    quantizer, weight = model[0].weight_quantizer, model[0].weight.clone()
+    before = {key: state.clone() for key, state in quantizer.state_dict().items()}
+
+    def lost() -> Tensor:
+        return ((quantizer(weight) - weight).square() * x.square().sum(0)).sum()
+
+    of_equal_weights = lost()
     gptq(model, [x])
-    assert torch.equal(quantizer.global_scale, before)
-    after = (quantizer(model[0].weight) - model[0].weight)[1:, :16].square().sum()
-    assert after < 1.2 * nearest  # the first group's columns have moved a little
+    assert lost() < of_equal_weights
+    moved = {key for key, state in quantizer.state_dict().items() if not torch.equal(state, before[key])}
+    assert moved <= {"scale", "offset"}
+
+
+def test_scales_of_a_rule_that_searches_stay_as_calibrated() -> None:
+    model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(64, 128)
+    calibrate(recoup.prepare(model, recoup.resolve(model, "nvfp4-4over6")), [x])
+    before = {key: state.clone() for key, state in model.state_dict().items()}
+    gptq(model, [x])
+    moved = {key for key, state in model.state_dict().items() if not torch.equal(state, before[key])}
+    assert moved == {"0.weight"}
 
 
 def _of(scheme: str) -> tuple[nn.Module, list[Tensor]]:

@@ -3,22 +3,26 @@
 For a layer y = Q(x) W^T the loss of a change dW is tr(dW H dW^T), with H the sum of Q(x)^T Q(x) over the
 calibration data. Rounding column j by e_j, the best answer of the columns after it is
 -e_j U[j, j+1:] / U[j, j], where U is the upper Cholesky factor of H^-1 (Frantar et al. 2022,
-arXiv:2210.17323, algorithm 1).
+arXiv:2210.17323, algorithm 1). The columns with the largest inputs come first, while many others are left to
+make up for them; their scales are known by then, so the order is no part of the result ("static groups" in
+the authors' code).
 
 The layers are taken as one forward pass over all the data reaches them, so that each sees the inputs that
-the quantized layers before it really give. What is stored is each column as it was just before it was
-rounded: round-to-nearest of these weights is GPTQ's solution, so fake quantization, training and export go
-on as ever, and a training that follows still has a float weight to move.
+the quantized layers before it really give. An expert of a mixture sees the tokens that are routed to it, and
+what its rounded first matrix makes of them goes into its second. What is stored is each column as it was
+just before it was rounded: round-to-nearest of these weights is GPTQ's solution, so fake quantization,
+training and export go on as ever, and a training that follows still has a float weight to move.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recoup.calibrate.calibrate import DEFAULT_SAMPLES, take
@@ -26,8 +30,8 @@ from recoup.calibrate.observers import best_share
 from recoup.nn import (
     Batch,
     FakeQuantizer,
-    OneWeight,
     QuantConv1D,
+    QuantExperts,
     QuantLinear,
     call,
     device_of,
@@ -35,23 +39,25 @@ from recoup.nn import (
     is_prepared,
     moved,
     norm_of,
+    quantizers_of,
     size_of,
     without_labels,
 )
-from recoup.numerics import QParams, choose_qparams, extrema, fake_quantize, per_channel, qparams_of
+from recoup.numerics import QParams, choose_qparams, extrema, fake_quantize, per_channel
 from recoup.progress import progress
 
 _DAMPING = 0.01  # of the mean of H's diagonal; the paper's
+_LAZY = 128  # columns after which the others are brought up to date; the paper's B
 
 
 @torch.no_grad()
 def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = None) -> nn.Module:
     """Move linear layers' weights so that rounding costs their outputs less; in place, returns the model.
 
-    Scales of groups are chosen anew, by least squared error, when their columns are reached; scales of whole
-    rows and tensors, and those of inputs, stay as calibrated. Convolutions, embeddings, experts, LSTMs, GRUs,
-    weights that several modules share and layers that a pass runs more than once stay as they are. The float
-    model is lost: copy a teacher before.
+    Scales of weights are chosen anew, for the least error of a layer's output with its columns taken as
+    independent; a rule that searches by itself, and scales of inputs, stay as calibrated. Convolutions,
+    embeddings, LSTMs, GRUs, weights that several modules share, layers that a pass runs more than once and
+    experts to which no token goes stay as they are. The float model is lost: copy a teacher before.
 
     Args:
         model: prepared and calibrated.
@@ -84,11 +90,14 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
                 f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) before gptq"
             )
     layers = _run_once(model, _layers(model), taken[0])
-    left, factors = dict(layers), _Factors()
+    left, losses = dict(layers), _Losses()
 
     def compensate(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if left.pop(module, None) is not None:
-            _compensate(cast(Any, module), next(iter((*arguments, *named.values()))), factors)
+            if isinstance(module, QuantExperts):
+                _compensate_experts(module, losses, *arguments, **named)
+            else:
+                _compensate(cast(Any, module), next(iter((*arguments, *named.values()))), losses)
             advance("rounding as GPTQ does")
 
     def stop_after_the_last(*_: Any) -> None:
@@ -122,26 +131,28 @@ def check_layers(model: nn.Module) -> None:
     if not layers:
         raise ValueError("gptq: the plan quantizes no linear layer with a weight of its own; leave it out")
     for module in cast(Any, layers):
-        quantizer = module.weight_quantizer
-        if module.lora is not None:
-            raise ValueError(
-                f"{quantizer.path}: gptq moves the weight, and an adapter adds to it; call recoup.merge_lora "
-                "first"
-            )
-        if norm_of(module) is not None:
-            raise ValueError(
-                f"{quantizer.path}: gptq moves the weight, and a norm scales it; call "
-                "recoup.merge_batch_norm first"
-            )
-        if quantizer.spec.ranges == "dynamic":
-            raise ValueError(
-                f"{quantizer.path}: its scales follow the weight, and gptq decides them; use static ranges"
-            )
-        if module.weight.dtype != torch.float32:
-            raise ValueError(
-                f"{quantizer.path}: {module.weight.dtype} cannot hold what gptq decides; call model.float() "
-                "before recoup.prepare"
-            )
+        for name, quantizer in quantizers_of(module).items():
+            if getattr(module, "lora", None) is not None:
+                raise ValueError(
+                    f"{quantizer.path}: gptq moves the weight, and an adapter adds to it; call "
+                    "recoup.merge_lora first"
+                )
+            if norm_of(module) is not None:
+                raise ValueError(
+                    f"{quantizer.path}: gptq moves the weight, and a norm scales it; call "
+                    "recoup.merge_batch_norm first"
+                )
+            if quantizer.spec.ranges == "dynamic":
+                raise ValueError(
+                    f"{quantizer.path}: its scales follow the weight, and gptq decides them; use static "
+                    "ranges"
+                )
+            dtype = module.get_parameter(name).dtype
+            if dtype != torch.float32:
+                raise ValueError(
+                    f"{quantizer.path}: {dtype} cannot hold what gptq decides; call model.float() before "
+                    "recoup.prepare"
+                )
 
 
 def check_batches(batches: Sequence[Batch]) -> None:
@@ -167,10 +178,10 @@ def _layers(model: nn.Module) -> dict[nn.Module, str]:
     holders = Counter(parameter for m in model.modules() for parameter in m.parameters(recurse=False))
     layers: dict[nn.Module, str] = {}
     for module in model.modules():
-        if is_prepared(module) and module.inputs_are == "tokens":
-            linear = cast(OneWeight, module)
-            if holders[cast(Any, linear.weight)] == 1:
-                layers[cast(nn.Module, module)] = linear.weight_quantizer.path
+        if is_prepared(module) and module.inputs_are in ("tokens", "routed"):
+            layer, quantizers = cast(nn.Module, module), quantizers_of(module)
+            if all(holders[layer.get_parameter(name)] == 1 for name in quantizers):
+                layers[layer] = next(iter(quantizers.values())).path
     return layers
 
 
@@ -198,47 +209,88 @@ def _run_once(model: nn.Module, layers: dict[nn.Module, str], batch: Batch) -> d
     return {module: path for module, path in layers.items() if calls[module] == 1}
 
 
-class _Factors:
-    """U of the layer at hand; query, key and value see one input, and so do gate and up."""
+class _Loss(NamedTuple):
+    """What an error of a weight costs.
+
+    Args:
+        importance: of every column: the sum of squares of its inputs, the damped diagonal of H.
+        order: of columns, the most important first.
+        factor: U, for columns in this order.
+    """
+
+    importance: Float[Tensor, " c"]
+    order: Int[Tensor, " c"]
+    factor: Float[Tensor, "c c"]
+
+
+class _Losses:
+    """That of the layer at hand; query, key and value see one input, and so do gate and up."""
 
     def __init__(self) -> None:
         self.x: Tensor | None = None
-        self.factor = torch.empty(0)
+        self.found: _Loss | None = None
 
-    def of(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "c c"]:
-        """The upper Cholesky factor of (x^T x)^-1, in float64; a feature that is always 0 changes nothing."""
-        if self.x is None or self.x.device != x.device or not torch.equal(x, self.x):
+    def of(self, x: Float[Tensor, "n c"]) -> _Loss:
+        """From inputs, in float64; a feature that is always 0 changes nothing."""
+        if self.found is None or self.x is None or self.x.device != x.device or not torch.equal(x, self.x):
             damped = (x.T @ x).double()
             diagonal = damped.diagonal()
             diagonal += _DAMPING * diagonal.mean() + (diagonal == 0)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-            self.x, self.factor = x, torch.linalg.cholesky(inverse, upper=True).float()
-        return self.factor
+            order = diagonal.argsort(descending=True, stable=True)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+            factor = torch.linalg.cholesky(inverse, upper=True).float()
+            self.x, self.found = x, _Loss(diagonal.float(), order, factor)
+        return self.found
 
 
-def _compensate(module: QuantLinear | QuantConv1D, inputs: Tensor, factors: _Factors) -> None:
+def _compensate(module: QuantLinear | QuantConv1D, inputs: Tensor, losses: _Losses) -> None:
     x = module.input_quantizer(inputs).reshape(-1, inputs.shape[-1]).float()
     weight = module.matrix(cast(Any, module))
-    weight.copy_(_compensated(weight.float(), factors.of(x), module.weight_quantizer))
+    weight.copy_(_compensated(weight.float(), losses.of(x), module.weight_quantizer))
 
 
-def _compensated(
-    weight: Float[Tensor, "r c"], factor: Float[Tensor, "c c"], quantizer: FakeQuantizer
-) -> Float[Tensor, "r c"]:
-    """The weight whose rounding is GPTQ's; sets the scales of groups in the quantizer."""
-    column = replace(quantizer.spec, granularity=per_channel, ranges="static")
-    weight, before_rounding = weight.clone(), torch.empty_like(weight)
-    columns = weight.shape[1]
-    size = quantizer.spec.granularity.columns or columns
-    for start in range(0, columns, size):
-        block = slice(start, start + size)
-        if quantizer.spec.granularity.columns is not None:
-            _choose_scale(quantizer, weight[:, block], start // size)
-        scale = _scale_of_rows(quantizer, len(weight), start // size)
-        group, errors = weight[:, block], torch.empty_like(weight[:, block])
-        rows = factor[block, block]
+def _compensate_experts(
+    module: Any, losses: _Losses, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> None:
+    """Every expert as Linears of its own, with the tokens that go to it; see `QuantExperts.forward`."""
+    del top_k_weights  # it scales what an expert gives, all of it
+    quantizers = quantizers_of(module)
+    for expert in top_k_index.unique().tolist():
+        x = hidden_states[torch.where(top_k_index.T.eq(expert))[1]]
+        for name, of_all in quantizers.items():
+            weight, quantizer = module.matrix_of(name, expert), _of_expert(of_all, expert, module.num_experts)
+            seen = getattr(module, f"{name}_input_quantizer")(x)
+            weight.copy_(_compensated(weight.float(), losses.of(seen.float()), quantizer))
+            if name != "down_proj":
+                x = module.inner(expert, seen, quantizer(weight))
+
+
+def _of_expert(quantizer: FakeQuantizer, expert: int, experts: int) -> FakeQuantizer:
+    """That of one matrix of a stack; it shares the scales."""
+    found = copy.copy(quantizer)
+    for registered in ("_parameters", "_buffers"):
+        held = vars(found)[registered] = dict(vars(quantizer)[registered])
+        for name, state in held.items():
+            if state is not None and state.ndim == 2:
+                part = state.detach().unflatten(0, (experts, -1))[expert]
+                held[name] = nn.Parameter(part) if isinstance(state, nn.Parameter) else part
+    return found
+
+
+def _compensated(weight: Float[Tensor, "r c"], loss: _Loss, quantizer: FakeQuantizer) -> Float[Tensor, "r c"]:
+    """The weight whose rounding is GPTQ's; sets the scales in the quantizer."""
+    _choose_scales(quantizer, weight, loss.importance)
+    column, (_, order, factor) = replace(quantizer.spec, granularity=per_channel, ranges="static"), loss
+    stored, size = quantizer.stored_qparams, quantizer.spec.granularity.columns or weight.shape[1]
+    weight, before_rounding, places = weight[:, order], torch.empty_like(weight), order.tolist()
+    for start in range(0, len(places), _LAZY):
+        block = slice(start, start + _LAZY)
+        group, rows = weight[:, block], factor[block, block]
+        errors = torch.empty_like(group)
         for j in range(group.shape[1]):
-            before_rounding[:, start + j] = group[:, j]
+            place = places[start + j]
+            before_rounding[:, place] = group[:, j]
+            scale = _scale_of_rows(stored, len(weight), place // size)
             rounded = fake_quantize(group[:, j : j + 1], scale, column)
             errors[:, j] = (group[:, j] - rounded[:, 0]) / rows[j, j]
             group[:, j + 1 :] -= torch.outer(errors[:, j], rows[j, j + 1 :])
@@ -246,29 +298,30 @@ def _compensated(
     return before_rounding
 
 
-def _choose_scale(quantizer: FakeQuantizer, group: Tensor, index: int) -> None:
-    """The scale of least squared error for the group as the columns before it left it."""
+def _choose_scales(quantizer: FakeQuantizer, weight: Tensor, importance: Tensor) -> None:
+    """Those of the least squared error of what every block gives, its columns taken as independent."""
     spec, global_scale = replace(quantizer.spec, ranges="static"), quantizer.global_scale
-    lo, hi = extrema(group, spec.granularity)
-    if spec.needs_values:
-        found = qparams_of(group, spec, global_scale)
-    else:
-        share = best_share(group, lo, hi, spec, global_scale)
-        found = choose_qparams(share * lo, share * hi, spec, global_scale)
-    quantizer.keep(found, slice(index, index + 1))
+    if spec.needs_values:  # such a rule chooses for itself
+        return
+    lo, hi = extrema(weight, spec.granularity)
+    share = best_share(weight, lo, hi, spec, global_scale, importance)
+    quantizer.keep(choose_qparams(share * lo, share * hi, spec, global_scale))
 
 
-def _scale_of_rows(quantizer: FakeQuantizer, rows: int, index: int) -> QParams:
-    """The qparams of one column of the group, a scale for each row."""
-    stored = quantizer.stored_qparams
+def _scale_of_rows(stored: QParams, rows: int, index: int) -> QParams:
+    """The qparams of one column of a group of columns, a scale for each row."""
 
-    def of_rows(state: Tensor) -> Tensor:
+    def of_rows(state: Tensor | None) -> Tensor | None:
+        if state is None:
+            return None
         return state[:, index : index + 1].repeat_interleave(rows // len(state), dim=0)
 
+    scale = of_rows(stored.scale)
+    assert scale is not None, "every lattice has a scale"
     return QParams(
-        scale=of_rows(stored.scale),
-        zero_point=None if stored.zero_point is None else of_rows(stored.zero_point),
-        offset=None if stored.offset is None else of_rows(stored.offset),
+        scale=scale,
+        zero_point=of_rows(stored.zero_point),
+        offset=of_rows(stored.offset),
         global_scale=stored.global_scale,
     )
 

@@ -249,12 +249,21 @@ class MSE(Sampled):
         return share * lo, share * hi
 
 
-def best_share(x: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec, global_scale: Tensor | None) -> Tensor:
-    """The share of the extrema of every block with the least squared error."""
+def best_share(
+    x: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    spec: QuantSpec,
+    global_scale: Tensor | None,
+    importance: Tensor | None = None,
+) -> Tensor:
+    """The share of the extrema of every block with the least squared error, weighted by column."""
     best, share = torch.full_like(lo, torch.inf), torch.ones_like(lo)
     for shrink in _SHRINK.to(x.device):
         qparams = choose_qparams(shrink * lo, shrink * hi, spec, global_scale)
-        error = cut((fake_quantize(x, qparams, spec) - x).square(), spec.granularity).sum(dim=(1, 3))
+        squared = (fake_quantize(x, qparams, spec) - x).square()
+        weighted = squared if importance is None else squared * importance
+        error = cut(weighted, spec.granularity).sum(dim=(1, 3))
         share = torch.where(error < best, shrink, share)
         best = torch.minimum(best, error)
     return share

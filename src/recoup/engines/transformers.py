@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from recoup.engines.safetensors_file import check_safetensors
+from recoup.engines.transformers_experts import load_as_linears, quantized_experts
 
 UNMEASURED = (
     "the folder ran in transformers, which decompresses the weights first; serve it with vLLM to measure them"
@@ -25,12 +26,28 @@ UNMEASURED = (
 def load(folder: Path) -> nn.Module:
     """The model in the folder, decompressed, computing in float32; called as the float model is.
 
+    Quantized experts are the Linears that the folder has, with quantized inputs where it says so.
+
     Raises:
         FileNotFoundError: no config.json.
         ValueError: transformers does not know the model, or the folder does not hold its weights.
         ImportError: the extra is not installed.
     """
-    file = Path(folder) / "config.json"
+    return _load(folder, experts_are_linears=True)
+
+
+def load_stacks(folder: Path) -> nn.Module:
+    """The same as `from_pretrained` alone has it: experts are stacks, whose inputs stay in float.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: see `load`.
+    """
+    return _load(folder, experts_are_linears=False)
+
+
+def _load(folder: Path, *, experts_are_linears: bool) -> nn.Module:
+    folder = Path(folder)
+    file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no config.json; expected a folder of transformers")
     try:
@@ -45,17 +62,21 @@ def load(folder: Path) -> nn.Module:
         raise ValueError(
             f"{file}: transformers has no class {architecture}; write the folder again, or update"
         )
-    check_safetensors(Path(folder))
+    check_safetensors(folder)
     with silent():
-        both: Any = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-        model, loaded = both
+        experts = quantized_experts(kind, folder) if experts_are_linears else {}
+        if experts:
+            model, loaded = load_as_linears(kind, folder, experts)
+        else:
+            both: Any = kind.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+            model, loaded = both
         _complete(folder, loaded)
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:  # otherwise at the first call, with a bar

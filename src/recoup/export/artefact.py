@@ -28,6 +28,7 @@ FILE, FORMAT = "artefact.json", 1
 TENSORS = "artefact.tensors"  # safetensors; under that name vLLM would take it for weights
 _LARGEST = 2**26  # of artefact.json
 _STATE = ("scale", "zero_point", "offset", "global_scale")  # of a FakeQuantizer
+ROUTING = "routing."  # before the names of a Routing
 GENERATED = ("ids", "mask", "tokens", "words", "logits", "reach")  # of a Generation
 Scalar = bool | int | float | str | None
 
@@ -226,6 +227,11 @@ def generation_of(artefact: Artefact, tensors: Mapping[str, Tensor]) -> Generati
     if set(own) != set(GENERATED) or not _belong_together(**own):
         raise ValueError(f"{TENSORS}: not the words that were generated for {FILE}; export it again")
     return Generation(allowed=found.allowed_decoding, **own)
+
+
+def routing_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The experts that the trained model chose; nothing of a model without."""
+    return _with_prefix(tensors, ROUTING)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from recoup.engines.transformers import silent
+from recoup.engines.transformers_experts import places
 from recoup.export import compressed_tensors_config as schema
+from recoup.export.compressed_tensors_experts import as_linears, check_names
 from recoup.export.fused import check_fused
-from recoup.nn import CodedLinear, FakeQuantizer, cache_quantizers
+from recoup.nn import CodedExperts, CodedLinear, FakeQuantizer, cache_quantizers
 from recoup.numerics import BFLOAT16, E2M1, E4M3, E8M0, FLOAT16, FLOAT32, Format, IntFormat, QuantSpec
 from recoup.schemes import Scheme
 
@@ -64,8 +66,13 @@ def check(model: nn.Module, modules: Mapping[str, tuple[Scheme, type]]) -> None:
         )
     for path, (scheme, coded) in modules.items():
         schema.check(path, scheme, coded)
+        if coded is CodedExperts:
+            places(model, path, model.get_submodule(path))
+            check_names(model, [name for name, (_, kind) in modules.items() if kind is CodedLinear])
     check_fused(model, modules)
     for path, parameter in model.named_parameters():
+        if path.rpartition(".")[0] in modules:
+            continue
         if parameter.ndim == 3 and min(parameter.shape) > 1:  # a convolution's kernel is no stack of matrices
             owner = model.get_submodule(path.rpartition(".")[0])
             if not isinstance(owner, nn.Conv1d | nn.ConvTranspose1d):
@@ -84,17 +91,17 @@ def write(model: nn.Module, folder: Path, example: object) -> None:
         example: not needed.
     """
     del example
-    saved: Any = model
-    if not any(isinstance(module, CodedLinear) for module in model.modules()):
+    saved: Any = as_linears(model)
+    if not any(isinstance(module, CodedLinear) for module in saved.modules()):
         with silent():
             saved.save_pretrained(folder)
         return
     with silent():
-        saved.save_pretrained(folder, state_dict=state_dict(model))
+        saved.save_pretrained(folder, state_dict=state_dict(saved))
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    config["quantization_config"] = schema.quantization_config(model)
-    if (dtype := kept_dtype(model)) is not None:
+    config["quantization_config"] = schema.quantization_config(saved)
+    if (dtype := kept_dtype(saved)) is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
     if getattr(saved, "generation_config", None) is not None:
         config["use_cache"] = saved.generation_config.use_cache  # off in training only
@@ -156,7 +163,8 @@ def stored(module: CodedLinear) -> dict[str, Tensor]:
         if module.input_quantizer.global_scale is not None:
             tensors["input_global_scale"] = _divisor(module.input_quantizer.global_scale)
         else:
-            tensors["input_scale"] = module.input_quantizer.stored_qparams.scale.detach().reshape(1)
+            scale = module.input_quantizer.stored_qparams.scale.detach()
+            tensors["input_scale"] = scale.reshape(1).clone()  # experts share theirs, and files share nothing
     return tensors
 
 

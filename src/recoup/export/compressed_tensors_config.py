@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from recoup.nn import CodedLinear, cache_quantizers
+from recoup.export.compressed_tensors_experts import routers_of, targets_of
+from recoup.nn import CodedExperts, CodedLinear, cache_quantizers
 from recoup.numerics import (
     BFLOAT16,
     E2M1,
@@ -29,6 +30,7 @@ from recoup.schemes import Scheme
 PACKED, INT8, FLOAT8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP8, MXFP4, NVFP4 = "mxfp8-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 MIXED = "mixed-precision"
+STACKED = (PACKED, MXFP4)  # of whose experts transformers makes stacks, with float inputs
 
 # (weights, inputs) -> storage format; the names are those of `_name`. By itself the library would store
 # 4-bit weights with int8 inputs one to a byte; the packed form is half as large, and vLLM reads it.
@@ -77,7 +79,7 @@ def check(path: str, scheme: Scheme, kind: type) -> None:
     Raises:
         ValueError: it cannot; names the module, the reason and what to do.
     """
-    if kind is not CodedLinear:
+    if kind not in (CodedLinear, CodedExperts):
         name = kind.__name__.removeprefix("Coded")
         raise ValueError(
             f"{path}: compressed-tensors folders hold quantized Linears, not {name}s; keep it with "
@@ -154,10 +156,13 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             found = layout(module.scheme)
             layouts[str(found)] = found
             paths[str(found)].append(path)
+    experts = targets_of(model)
+    named = {key: list(dict.fromkeys(experts.get(path, path) for path in paths[key])) for key in layouts}
+    floats = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     formats = sorted({found.format for found in layouts.values()})
     groups = {
         f"group_{index}": {
-            "targets": ["Linear"] if len(layouts) == 1 else paths[key],
+            "targets": ["Linear"] if len(layouts) == 1 else named[key],
             "weights": found.weights,
             "input_activations": found.inputs,
             "format": found.format,
@@ -169,7 +174,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             "config_groups": groups,
             "format": formats[0] if len(formats) == 1 else MIXED,
             "quantization_status": "compressed",
-            "ignore": [path for path, module in model.named_modules() if isinstance(module, nn.Linear)],
+            "ignore": floats + (routers_of(model) if experts else []),
             "kv_cache_scheme": _cache(model),
         }
     )

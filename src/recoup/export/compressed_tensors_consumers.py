@@ -19,15 +19,22 @@ from torch import nn
 
 from recoup.export import compressed_tensors_config as schema
 from recoup.export.compressed_tensors_config import Layout
+from recoup.export.compressed_tensors_expert_kernels import (
+    EXPERT_KERNELS,
+    OLDEST_EXPERTS,
+    check_expert_kernels,
+)
 from recoup.export.compressed_tensors_kernels import (
     ALWAYS,
     GPUS,
     KERNELS,
     OLDEST,
+    Kernel,
     Version,
     kernel_for,
 )
-from recoup.export.tensor_parallel import check_joined_blocks, parts
+from recoup.export.tensor_parallel import check_joined_blocks, expert_shape, parts
+from recoup.nn import CodedExperts
 from recoup.schemes import Scheme
 
 # Reader -> the oldest and the newest release whose answers the table holds.
@@ -230,21 +237,78 @@ def check_consumer(
             names the module, the release and what to do.
     """
     name, oldest, newest = _asked(consumer)
+    experts = {path: scheme for path, (scheme, kind) in modules.items() if kind is CodedExperts}
+    if experts and (name == "sglang" or (name == "vllm" and oldest < OLDEST_EXPERTS)):
+        raise ValueError(
+            f"{next(iter(experts))}: {consumer} asked, and its kernels of experts are not known; name "
+            f"vllm>={_written(OLDEST_EXPERTS)}, or leave consumer out"
+        )
     if gpu is not None:
         _check_gpu(gpu, name, oldest)
     for path, (scheme, _) in modules.items():
         layout = schema.layout(scheme)
-        for row in BREAKAGES:
+        for row in BREAKAGES if name != "vllm" or path not in experts else ():
             first = max(oldest, row.versions[0])
             if row.consumer == name and first <= newest and first < row.versions[1] and row.breaks(layout):
                 raise _refusal(
                     f"{path}: {name} {_written(first)} {row.what}", scheme, row.source, row.instead
                 )
+    if name == "transformers":
+        check_stacks(experts)
     if name != "vllm":
         return {}
+    linears = {path: each for path, each in modules.items() if path not in experts}
     if devices == 1:  # on several, the split has asked
-        check_joined_blocks(model, modules)
-    return _computed(model, modules, gpu, (oldest, newest), devices)
+        check_joined_blocks(model, linears)
+    return {
+        **_computed(model, linears, gpu, (oldest, newest), devices),
+        **_computed_experts(model, experts, gpu, (oldest, newest), devices),
+    }
+
+
+def check_stacks(experts: Mapping[str, Scheme]) -> None:
+    """Does transformers by itself make stacks of experts that compute what was trained?
+
+    Raises:
+        ValueError: no; names the layer.
+    """
+    for path, scheme in experts.items():
+        layout = schema.layout(scheme)
+        if layout.inputs is not None or layout.format not in schema.STACKED:
+            what = "leaves their inputs in float" if layout.inputs else "does not decode them"
+            raise ValueError(
+                f"{path}: transformers makes stacks of experts, and {what} (scheme {scheme.name!r}, "
+                "transformers/integrations/compressed_tensors.py, CompressedTensorsDequantize); take w4a16"
+            )
+
+
+def _computed_experts(
+    model: nn.Module,
+    experts: Mapping[str, Scheme],
+    gpu: str | None,
+    releases: tuple[Version, Version],
+    devices: int,
+) -> dict[str, str]:
+    """The kernels of vLLM for layers of experts; without a GPU, only whether there are any."""
+    computed: dict[str, str] = {}
+    for path, scheme in experts.items():
+        layout, (width, inner) = schema.layout(scheme), expert_shape(model, path)
+        for release in _borders(EXPERT_KERNELS, releases):
+            wrong, row = check_expert_kernels(layout, (inner // devices, width), gpu, release)
+            if wrong and row is not None:
+                where = f"(experts of {inner // devices} x {width} on {gpu or 'GPUs'})"
+                what = f"{path}: vllm {_written(release)} {wrong} {where}"
+                raise _refusal(what, scheme, row.source, row.instead or _instead(gpu))
+            if gpu is not None:
+                computed[path] = f"{row.name if row else 'unknown'} on {gpu} (vllm {_written(release)})"
+    return computed
+
+
+def _borders(rows: tuple[Kernel, ...], releases: tuple[Version, Version]) -> list[Version]:
+    """The releases between which no kernel changes."""
+    oldest, newest = releases
+    borders = {border for row in rows for border in row.versions if oldest < border < newest}
+    return sorted({oldest, *borders, newest})
 
 
 def _computed(
@@ -255,13 +319,11 @@ def _computed(
     devices: int,
 ) -> dict[str, str]:
     """The kernels of vLLM; without a GPU, only whether there is one that has any."""
-    oldest, newest = releases
-    borders = {border for row in KERNELS for border in row.versions if oldest < border < newest}
     computed: dict[str, str] = {}
     for path, part in parts(model, modules, devices).items():
         scheme = modules[path][0]
         layout = schema.layout(scheme)
-        for release in sorted({oldest, *borders, newest}):
+        for release in _borders(KERNELS, releases):
             rows = [kernel_for(layout, part, one, release) for one in ([gpu] if gpu else GPUS)]
             wrong = [row for row in rows if row and (row.wrong(layout) if gpu else not row.name)]
             if len(wrong) == len(rows):

@@ -50,7 +50,13 @@ class Kernel:
     source: str
 
 
-def kernel_for(layout: Layout, part: tuple[int, int], gpu: str, release: Version) -> Kernel | None:
+def kernel_for(
+    layout: Layout,
+    part: tuple[int, int],
+    gpu: str,
+    release: Version,
+    rows: "tuple[Kernel, ...] | None" = None,
+) -> Kernel | None:
     """The kernel that takes a device's part of a layer; None where that is not known.
 
     Args:
@@ -58,8 +64,9 @@ def kernel_for(layout: Layout, part: tuple[int, int], gpu: str, release: Version
         part: its rows and columns on a device, those of matrices that vLLM joins together.
         gpu: a key of `GPUS`.
         release: of vLLM.
+        rows: of which table; `KERNELS` by default.
     """
-    for row in KERNELS:
+    for row in rows or KERNELS:
         first, end = row.versions
         whole = not any(size % step for size, step in zip(part, row.tile, strict=True))
         if gpu in row.gpus and first <= release < end and whole and row.takes(layout):
@@ -67,7 +74,7 @@ def kernel_for(layout: Layout, part: tuple[int, int], gpu: str, release: Version
     return None
 
 
-def _packed(
+def packed(
     *bits: int, inputs: str | None = None, groups: tuple[int | None, ...] = ()
 ) -> Callable[[Layout], bool]:
     """Packed weights of these widths and groups, of any where none is named; None is a scale per channel."""
@@ -82,10 +89,11 @@ def _packed(
 
 
 def _grouped(*bits: int) -> Callable[[Layout], bool]:
-    return lambda layout: _packed(*bits, inputs="int")(layout) and "group_size" in layout.weights
+    return lambda layout: packed(*bits, inputs="int")(layout) and "group_size" in layout.weights
 
 
-def _form(format_: str) -> Callable[[Layout], bool]:
+def of_format(format_: str) -> Callable[[Layout], bool]:
+    """A storage format."""
     return lambda layout: layout.format == format_
 
 
@@ -93,20 +101,24 @@ def _blocks(layout: Layout) -> bool:
     return layout.format == schema.FLOAT8 and "block_structure" in layout.weights
 
 
-def _nothing(layout: Layout) -> str:
+def nothing(layout: Layout) -> str:
+    """It computes what was trained."""
     del layout
     return ""
 
 
-def _float(layout: Layout) -> str:
+def float_inputs(layout: Layout) -> str:
+    """It rounds no inputs."""
     return "leaves in float the inputs that training quantized" if layout.inputs else ""
 
 
-def _quantized(layout: Layout) -> str:
+def quantized_inputs(layout: Layout) -> str:
+    """It rounds inputs in any case."""
     return "" if layout.inputs else "quantizes the inputs that training left in float"
 
 
-def _always(sentence: str) -> Callable[[Layout], str]:
+def always(sentence: str) -> Callable[[Layout], str]:
+    """It computes something else, or nothing."""
     return lambda _: sentence
 
 
@@ -125,16 +137,16 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         name="Machete",
         gpus=("hopper",),
-        takes=_packed(4, 8, groups=(None, 64, 128)),
-        wrong=_nothing,
+        takes=packed(4, 8, groups=(None, 64, 128)),
+        wrong=nothing,
         tile=(128, 64),
         source=f"{_LINEAR}mixed_precision/machete.py, can_implement",
     ),
     Kernel(
         name="AllSpark",
         gpus=("ampere", "ada"),
-        takes=_packed(8, groups=(None,)),
-        wrong=_nothing,
+        takes=packed(8, groups=(None,)),
+        wrong=nothing,
         versions=((0,), (0, 31)),
         tile=(16, 16),
         source=f"{_QUANTIZATION}utils/allspark_utils.py, check_allspark_supported_dtype_shape",
@@ -142,37 +154,37 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         name="Humming",
         gpus=("hopper",),
-        takes=_packed(4, 8),
-        wrong=_nothing,
+        takes=packed(4, 8),
+        wrong=nothing,
         versions=((0, 32), ALWAYS[1]),
         source=f"{_QUANTIZATION}utils/humming/priority.py, prioritize_humming",
     ),
     Kernel(
         name="Marlin",
-        takes=_packed(4, 8, groups=_MARLIN_GROUPS),
-        wrong=_nothing,
+        takes=packed(4, 8, groups=_MARLIN_GROUPS),
+        wrong=nothing,
         versions=((0,), (0, 24)),
         tile=(64, 128),
         source=_MARLIN,
     ),
     Kernel(
         name="Marlin",
-        takes=_packed(4, 8, groups=_MARLIN_GROUPS),
-        wrong=_nothing,
+        takes=packed(4, 8, groups=_MARLIN_GROUPS),
+        wrong=nothing,
         versions=((0, 24), ALWAYS[1]),
         source=f"{_QUANTIZATION}utils/marlin_utils.py, marlin_padded_nk",
     ),
     Kernel(
         name="Humming or TritonW4A16",
-        takes=_packed(4, 8),
-        wrong=_nothing,
+        takes=packed(4, 8),
+        wrong=nothing,
         versions=((0, 23), ALWAYS[1]),
         source=f"{_LINEAR}__init__.py, _POSSIBLE_KERNELS",
     ),
     Kernel(
         name="",
-        takes=_packed(4, 8),
-        wrong=_always(
+        takes=packed(4, 8),
+        wrong=always(
             "has no kernel in bfloat16 for parts that are no multiples of 64 rows and 128 columns, nor for "
             "groups other than 32, 64 and 128"
         ),
@@ -182,8 +194,8 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         name="Humming",
-        takes=_packed(*_NARROW),
-        wrong=_nothing,
+        takes=packed(*_NARROW),
+        wrong=nothing,
         versions=((0, 25), ALWAYS[1]),
         source=f"{_SCHEMES}wNa16.py",
     ),
@@ -191,22 +203,22 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         name="Marlin",
         gpus=_OTHERS,
-        takes=_packed(4, 8, inputs="int", groups=_MARLIN_GROUPS),
-        wrong=_float,
+        takes=packed(4, 8, inputs="int", groups=_MARLIN_GROUPS),
+        wrong=float_inputs,
         versions=((0, 26), ALWAYS[1]),
         source=f"{_SCHEMES}wNa8.py: only Humming reads _humming_input_quant_config",
     ),
     Kernel(
         name="Humming",
-        takes=_packed(*_NARROW, inputs="int"),
-        wrong=_nothing,
+        takes=packed(*_NARROW, inputs="int"),
+        wrong=nothing,
         versions=((0, 26), (0, 31)),
         source=f"{_QUANTIZATION}utils/humming_utils.py",
     ),
     Kernel(
         name="Humming",
         takes=_grouped(*_NARROW),
-        wrong=_float,
+        wrong=float_inputs,
         versions=((0, 31), ALWAYS[1]),
         source=_FALLBACK,
     ),
@@ -214,31 +226,31 @@ KERNELS: tuple[Kernel, ...] = (
         name="Humming",
         gpus=("hopper",),
         takes=_grouped(4, 8),
-        wrong=_float,
+        wrong=float_inputs,
         versions=((0, 32), ALWAYS[1]),
         source=_FALLBACK,
     ),
     Kernel(
         name="Humming",
         gpus=_OLDER,
-        takes=_packed(*_NARROW, inputs="int", groups=(None,)),
-        wrong=_nothing,
+        takes=packed(*_NARROW, inputs="int", groups=(None,)),
+        wrong=nothing,
         versions=((0, 31), ALWAYS[1]),
         source=_FALLBACK,
     ),
     Kernel(
         name="Humming",
         gpus=("hopper",),
-        takes=_packed(4, 8, inputs="int", groups=(None,)),
-        wrong=_nothing,
+        takes=packed(4, 8, inputs="int", groups=(None,)),
+        wrong=nothing,
         versions=((0, 32), ALWAYS[1]),
         source=_FALLBACK,
     ),
     Kernel(
         name="Humming",
         gpus=("blackwell",),
-        takes=_packed(*_NARROW, inputs="int", groups=(None,)),
-        wrong=_float,
+        takes=packed(*_NARROW, inputs="int", groups=(None,)),
+        wrong=float_inputs,
         versions=((0, 31), ALWAYS[1]),
         source=_FALLBACK,
     ),
@@ -246,54 +258,54 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         name="CUTLASS W4A8",
         gpus=("hopper",),
-        takes=_packed(4, inputs="float", groups=(128,)),
-        wrong=_nothing,
+        takes=packed(4, inputs="float", groups=(128,)),
+        wrong=nothing,
         tile=(128, 128),
         source=f"{_LINEAR}mixed_precision/cutlass.py, can_implement",
     ),
     Kernel(
         name="",
         gpus=("hopper",),
-        takes=_packed(4, inputs="float", groups=(128,)),
-        wrong=_always("multiplies weights with fp8 inputs in parts of whole tiles of 128 x 128 only"),
+        takes=packed(4, inputs="float", groups=(128,)),
+        wrong=always("multiplies weights with fp8 inputs in parts of whole tiles of 128 x 128 only"),
         instead="fewer devices, or w4a16, w8a8 or fp8",
         source=f"{_LINEAR}mixed_precision/cutlass.py, can_implement",
     ),
     Kernel(
         name="",
         gpus=_OTHERS,
-        takes=_packed(inputs="float"),
-        wrong=_always("has no scheme of packed weights with fp8 inputs"),
+        takes=packed(inputs="float"),
+        wrong=always("has no scheme of packed weights with fp8 inputs"),
         source=f"{_SCHEMES}w4a8_fp8.py",
     ),
     # int8
     Kernel(
         name="CUTLASS int8",
         gpus=_OLDER,
-        takes=_form(schema.INT8),
-        wrong=_nothing,
+        takes=of_format(schema.INT8),
+        wrong=nothing,
         source=f"{_LINEAR}scaled_mm/cutlass.py, CutlassInt8ScaledMMLinearKernel",
     ),
     Kernel(
         name="",
         gpus=("blackwell",),
-        takes=_form(schema.INT8),
-        wrong=_always("ends at its first product of int8, which CUTLASS has not"),
+        takes=of_format(schema.INT8),
+        wrong=always("ends at its first product of int8, which CUTLASS has not"),
         source="csrc/quantization/w8a8/cutlass/c3x/scaled_mm_helper.hpp, dispatch_scaled_mm",
     ),
     # fp8
     Kernel(
         name="W8A16Fp8",
         gpus=("ampere",),
-        takes=_form(schema.FLOAT8),
-        wrong=_float,
+        takes=of_format(schema.FLOAT8),
+        wrong=float_inputs,
         source=f"{_SCHEMES}w8a16_fp8.py",
     ),
     Kernel(
         name="Triton fp8",
         gpus=("ada",),
         takes=_blocks,
-        wrong=_nothing,
+        wrong=nothing,
         versions=((0, 20), (0, 26)),
         source=f"{_LINEAR}scaled_mm/triton.py",
     ),
@@ -301,7 +313,7 @@ KERNELS: tuple[Kernel, ...] = (
         name="Marlin fp8",
         gpus=("ada",),
         takes=_blocks,
-        wrong=_float,
+        wrong=float_inputs,
         versions=((0, 29), ALWAYS[1]),
         source=f"{_LINEAR}__init__.py, _POSSIBLE_FP8_BLOCK_KERNELS",
     ),
@@ -309,7 +321,7 @@ KERNELS: tuple[Kernel, ...] = (
         name="DeepGEMM",
         gpus=("hopper", "blackwell"),
         takes=_blocks,
-        wrong=_always(
+        wrong=always(
             "requantizes blocks to scales that are powers of two where DeepGEMM is installed, unless "
             "VLLM_USE_DEEP_GEMM=0 is set"
         ),
@@ -319,54 +331,54 @@ KERNELS: tuple[Kernel, ...] = (
         name="CUTLASS or FlashInfer fp8",
         gpus=("ada", "hopper", "blackwell"),
         takes=lambda layout: layout.format == schema.FLOAT8 and not _blocks(layout),
-        wrong=_nothing,
+        wrong=nothing,
         source=f"{_LINEAR}scaled_mm/cutlass.py, CutlassFP8ScaledMMLinearKernel",
     ),
     # microscaling and NVFP4
     Kernel(
         name="FlashInfer MXFP8",
         gpus=("blackwell",),
-        takes=_form(schema.MXFP8),
-        wrong=_quantized,
+        takes=of_format(schema.MXFP8),
+        wrong=quantized_inputs,
         versions=((0, 20), ALWAYS[1]),
         source=f"{_SCHEMES}w8a8_mxfp8.py: inputs are not asked for",
     ),
     Kernel(
         name="Humming or Marlin MXFP8",
         gpus=_OLDER,
-        takes=_form(schema.MXFP8),
-        wrong=_float,
+        takes=of_format(schema.MXFP8),
+        wrong=float_inputs,
         versions=((0, 20), ALWAYS[1]),
         source=f"{_LINEAR}mxfp8/marlin.py; {_FALLBACK}",
     ),
     Kernel(
         name="FlashInfer MXFP4",
         gpus=("blackwell",),
-        takes=_form(schema.MXFP4),
-        wrong=_quantized,
+        takes=of_format(schema.MXFP4),
+        wrong=quantized_inputs,
         versions=((0, 22), ALWAYS[1]),
         source=f"{_SCHEMES}w4a4_mxfp4.py: inputs are not asked for",
     ),
     Kernel(
         name="Humming MXFP4",
         gpus=("hopper",),
-        takes=_form(schema.MXFP4),
-        wrong=_always("rounds the inputs to fp8 with one scale per token"),
+        takes=of_format(schema.MXFP4),
+        wrong=always("rounds the inputs to fp8 with one scale per token"),
         versions=((0, 32), ALWAYS[1]),
         source=_FALLBACK,
     ),
     Kernel(
         name="Marlin MXFP4",
         gpus=_OLDER,
-        takes=_form(schema.MXFP4),
-        wrong=_float,
+        takes=of_format(schema.MXFP4),
+        wrong=float_inputs,
         source=f"{_LINEAR}mxfp4/marlin.py",
     ),
     Kernel(
         name="W4A16Mxfp4",
         gpus=("blackwell",),
-        takes=_form(schema.MXFP4),
-        wrong=_float,
+        takes=of_format(schema.MXFP4),
+        wrong=float_inputs,
         versions=((0,), (0, 21)),
         source=f"{_SCHEMES}w4a16_mxfp4.py",
     ),
@@ -374,13 +386,13 @@ KERNELS: tuple[Kernel, ...] = (
         name="FlashInfer NVFP4",
         gpus=("blackwell",),
         takes=lambda layout: layout.format == schema.NVFP4 and layout.inputs is not None,
-        wrong=_nothing,
+        wrong=nothing,
         source=f"{_SCHEMES}w4a4_nvfp4.py",
     ),
     Kernel(
         name="NVFP4 with float inputs",
-        takes=_form(schema.NVFP4),
-        wrong=_float,
+        takes=of_format(schema.NVFP4),
+        wrong=float_inputs,
         source=f"{_SCHEMES}w4a4_nvfp4.py; {_FALLBACK}",
     ),
 )

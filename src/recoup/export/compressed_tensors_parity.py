@@ -6,6 +6,7 @@ alone, and not a line of the library that packed them.
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from recoup.engines.safetensors_file import read_safetensors
-from recoup.engines.transformers import load
+from recoup.engines.transformers import load, load_stacks
 from recoup.export import compressed_tensors as writer
 from recoup.export import compressed_tensors_config as schema
 from recoup.export.answers import answers
+from recoup.export.compressed_tensors_experts import as_linears, targets_of
 from recoup.export.parity import Array, Parity, ParityError
+from recoup.export.routing import routed, routing_of
 from recoup.export.trained import (
     KEPT,
     Layer,
@@ -47,12 +50,14 @@ _OTHERS: dict[str, tuple[str, tuple[int, ...]]] = {  # the names here: those of 
 @torch.no_grad()
 def trained(model: nn.Module, folder: Path, example: Batch) -> Trained:
     """What a folder is compared with, from the converted model that it was written from."""
-    example = cut(example, 1)
+    example, model = cut(example, 1), as_linears(model)
     modules, _ = coded(model)
     roundoff = max(map(_roundoff, modules.values()), default=0.0)
     reference = _as_stored(model, load(folder))
-    answered = answers(reference, example, lattices=_LATTICES, weight_roundoff=roundoff)
-    return Trained.of(model, example, answered, kept=writer.kept(model))
+    routing = routing_of(reference, example)
+    with routed(reference, routing):
+        answered = answers(reference, example, lattices=_LATTICES, weight_roundoff=roundoff)
+    return Trained.of(model, example, answered, kept=writer.kept(model), routing=routing)
 
 
 def stored(folder: Path, layers: Mapping[str, Layer]) -> dict[str, Stored]:
@@ -112,8 +117,12 @@ def compare(trained: Trained, folder: Path) -> Parity:
     planned = {*trained.modules, *_attentions(trained)}
     check_modules("transformers, reading config.json, quantizes", described, planned)
     _same_dense_tensors(trained, engine)
-    outputs, worst = _compared(trained, engine)
+    with routed(engine, trained.routing):
+        outputs, worst = _compared(trained, engine)
     agreement = trained.answers.agree(outputs, "transformers")
+    if _reads_stacks(trained, engine):
+        stacks = call(load_stacks(folder), trained.example)
+        trained.answers.agree(stacks, "transformers, with experts in stacks,")
     return Parity(
         modules=len(trained.modules),
         codes=codes,
@@ -123,6 +132,17 @@ def compare(trained: Trained, folder: Path) -> Parity:
         divergence=agreement.nats,
         same_word=agreement.same_word,
     )
+
+
+def _reads_stacks(trained: Trained, engine: nn.Module) -> bool:
+    """Does transformers by itself make stacks of experts of the folder that compute what was trained?
+
+    It decodes these formats, all experts by one group, and never rounds what they are given
+    (`CompressedTensorsDequantize`, integrations/compressed_tensors.py).
+    """
+    layouts = [schema.layout(trained.modules[path].scheme) for path in targets_of(engine)]
+    readable = all(one.format in schema.STACKED and one.inputs is None for one in layouts)
+    return readable and len({str(one) for one in layouts}) == 1
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -161,7 +181,11 @@ def read_codes(path: str, tensors: Mapping[str, Tensor], config: Mapping[str, An
 
 def _group_of(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     for group in config["config_groups"].values():
-        if path in group["targets"] or (group["targets"] == ["Linear"] and path not in config["ignore"]):
+        named = any(
+            target == path or (target.startswith("re:") and re.match(target[3:], path))
+            for target in group["targets"]
+        )
+        if named or (group["targets"] == ["Linear"] and path not in config["ignore"]):
             return group
     raise ParityError(f"{path}: config.json does not say how it is quantized")
 

@@ -89,7 +89,7 @@ def preflight(
         assert prepared is not None
         modules[path] = (plan[path], CODED_MODULES[prepared])  # pyright: ignore[reportArgumentType]
     there = usable(target)
-    _one_weight_each(modules, target)
+    _written_weights(modules, target)
     there.check(model, modules)
     for path, spec in plan.outputs.items():
         there.output(path, spec)
@@ -166,7 +166,7 @@ def export(
     with torch.no_grad():
         coded = converted_copy(model)
     modules = {n: (m.scheme, type(m)) for n, m in coded.named_modules() if is_coded(m)}
-    _one_weight_each(modules, target)
+    _written_weights(modules, target)
     writer.check(coded, modules)
     for path, quantizer in output_quantizers(coded).items():
         writer.output(path, quantizer.spec)
@@ -193,14 +193,14 @@ def export(
     return parity
 
 
-def _one_weight_each(modules: Mapping[str, tuple[Scheme, type]], target: str) -> None:
-    """Refuse what no target writes.
+def _written_weights(modules: Mapping[str, tuple[Scheme, type]], target: str) -> None:
+    """Refuse modules with several weights that a target does not write.
 
     Raises:
         ValueError: a layer of experts, an LSTM or a GRU is quantized.
     """
     for path, (_, kind) in modules.items():
-        if kind in (CodedExperts, CodedLSTM, CodedGRU):
+        if kind in (CodedExperts, CodedLSTM, CodedGRU) and kind not in usable(target).several:
             what = kind.__name__.removeprefix("Coded")
             raise ValueError(
                 f"{path}: {target} files do not hold quantized {what} yet; keep it in float with "

@@ -15,6 +15,7 @@ from recoup.export.artefact import (
     FILE,
     FORMAT,
     GENERATED,
+    ROUTING,
     TENSORS,
     Artefact,
     Cache,
@@ -42,6 +43,7 @@ def write(folder: Path, target: str, trained: Trained) -> None:
         tensors |= _state("lattice", path, quantizer)
     for path, quantizer in trained.cached.items():
         tensors |= _state("cache", path, quantizer)
+    tensors |= {f"{ROUTING}{name}": choice for name, choice in trained.routing.items()}
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     save_file(copies, folder / TENSORS)
     found = Artefact(

@@ -15,7 +15,7 @@ from recoup.engines import llama_cpp, onnx_standard, onnxruntime, pytorch, trans
 from recoup.export.fused import share_global_scales
 from recoup.export.parity import Array, Parity
 from recoup.export.trained import Layer, Stored, Trained
-from recoup.nn import Batch
+from recoup.nn import Batch, CodedExperts
 from recoup.numerics import QuantSpec
 from recoup.schemes import Scheme
 from recoup.validate import Cost
@@ -52,6 +52,7 @@ class Target:
         compare: (what was trained, folder); the proof. Raises ParityError.
         load: folder -> a module that is called like the model and runs in the engine.
         timed: its engine here says something about speed.
+        several: the types of converted modules with several weights that its files hold.
         costs: ((float folder, folder), batch) -> what both cost, measured next to each other in the engine.
     """
 
@@ -72,6 +73,7 @@ class Target:
     compare: Callable[[Trained, Path], Parity]
     load: Callable[[Path], nn.Module]
     timed: bool
+    several: tuple[type, ...] = ()
     costs: Callable[[tuple[Path, Path], Batch], tuple[Cost, Cost]]
 
     def verify(self, model: nn.Module, folder: Path, example: Batch) -> Parity:
@@ -202,6 +204,7 @@ TARGETS: dict[str, Target] = {
         compare=_of("compressed_tensors_parity", "compare"),
         load=transformers.load,
         timed=False,
+        several=(CodedExperts,),
         costs=partial(compare_sizes, size_bytes=transformers.size_bytes, unmeasured=transformers.UNMEASURED),
     ),
     "pytorch": Target(

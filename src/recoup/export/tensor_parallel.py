@@ -14,6 +14,7 @@ from torch import nn
 
 from recoup.export.compressed_tensors_config import PACKED, layout
 from recoup.export.fused import siblings
+from recoup.nn import CodedExperts, QuantExperts
 from recoup.schemes import Scheme
 
 _WORD = 32  # bits
@@ -39,7 +40,13 @@ def check_split(model: nn.Module, modules: Mapping[str, tuple[Scheme, Any]], dev
         )
     if wrong := _heads(model, devices):
         raise ValueError(f"export.tensor_parallel: {wrong} cannot be dealt to {devices} devices")
-    for path, (scheme, _) in modules.items():
+    for path, (scheme, kind) in modules.items():
+        if kind is CodedExperts:
+            if wrong := _cut_experts(model, path, scheme, devices):
+                raise ValueError(
+                    f"{path}: {wrong} on {devices} devices; take fewer, or change the scheme by a rule"
+                )
+            continue
         style = _style(model, path)
         if path.endswith("lm_head") or not style:
             continue
@@ -80,6 +87,23 @@ def _cut(model: nn.Module, path: str, scheme: Scheme, style: str, devices: int) 
         part, left = divmod(whole, dealt)
         if left or (rows is not None and part % rows):
             return f"{whole} rows cannot be split into whole blocks of {rows or 1}"
+    return ""
+
+
+def expert_shape(model: nn.Module, path: str) -> tuple[int, int]:
+    """The features outside and inside of an expert: rows and columns of its `down_proj`."""
+    return QuantExperts.view(model.get_submodule(path), "down_proj").shape
+
+
+def _cut_experts(model: nn.Module, path: str, scheme: Scheme, devices: int) -> str:
+    """What the split would cut: the features inside of every expert are dealt out."""
+    _, inner = expert_shape(model, path)
+    part, left = divmod(inner, devices)
+    for size in (scheme.weights.granularity.rows, scheme.weights.granularity.columns):
+        if left or (size is not None and part % size):
+            return f"{inner} features of each expert cannot be split into whole blocks of {size or 1}"
+    if layout(scheme).format == PACKED and part * scheme.weights.format.bits % _WORD:
+        return f"{part} codes of {scheme.weights.format.bits} bits do not fill words of {_WORD}"
     return ""
 
 

@@ -48,6 +48,7 @@ class Trained:
         cached: the quantizers of keys and values, as `cached` names them.
         kept: the tensors that are not quantized, with the values of the file; None where nobody has them any
             more, and the sums of the files have to speak for them.
+        routing: the experts that the trained model chose, see `routing_of`.
     """
 
     modules: Mapping[str, CodedModule]
@@ -59,6 +60,7 @@ class Trained:
     lattices: Mapping[str, FakeQuantizer] = field(default_factory=dict)
     cached: Mapping[str, FakeQuantizer] = field(default_factory=dict)
     kept: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    routing: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -74,6 +76,7 @@ class Trained:
         *,
         held: Mapping[str, CodedModule] | None = None,
         kept: Mapping[str, Tensor] | None = None,
+        routing: Mapping[str, Tensor] | None = None,
     ) -> "Trained":
         """What a converted model is, and what it answers.
 
@@ -83,6 +86,7 @@ class Trained:
             answered: all of it, and the part that goes into the folder.
             held: the modules that the file holds; all by default.
             kept: see the class.
+            routing: see the class.
         """
         modules, places = coded(model)
         held = modules if held is None else held
@@ -96,6 +100,7 @@ class Trained:
             lattices=lattices(model),
             cached=cached(model),
             kept=kept,
+            routing=routing or {},
         )
 
     def _places(self, path: str) -> tuple[str, ...]:

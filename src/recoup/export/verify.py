@@ -184,6 +184,7 @@ def _engine(
             for path, spec in found.lattices.items()
         },
         cached=cached,
+        routing=artefact.routing_of(tensors),
     )
     try:
         with _decoding(found.target):

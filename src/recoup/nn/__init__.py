@@ -37,7 +37,7 @@ from recoup.nn.conv import (
     QuantConvTranspose2d,
     QuantConvTranspose3d,
 )
-from recoup.nn.experts import QuantExperts, routers
+from recoup.nn.experts import ExpertsOfLinears, QuantExperts, is_experts, routers
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
 from recoup.nn.fits import check_shape, check_surroundings, kept_by_type, no_form, type_name
 from recoup.nn.integer_bias import make_room, seen_bias
@@ -88,6 +88,7 @@ __all__ = [
     "CodedLinear",
     "CodedModule",
     "Codes",
+    "ExpertsOfLinears",
     "FakeQuantizer",
     "LoRA",
     "NonFiniteError",
@@ -119,6 +120,7 @@ __all__ = [
     "evaluating",
     "folded_norm",
     "is_coded",
+    "is_experts",
     "is_prepared",
     "kept_by_type",
     "low_rank_of",

@@ -7,15 +7,15 @@ expert does with its tokens is what two Linears of its own would do, `QuantLinea
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recoup.nn.fake_quantizer import FakeQuantizer
-from recoup.nn.fused import listened_to
+from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
+from recoup.nn.fused import fused_matrices, fused_matrix, fuses, listened_to
 from recoup.nn.twin import Inputs, Weight, adopt, input_quantizer, stack_quantizer
 from recoup.schemes import Scheme
 
@@ -30,6 +30,8 @@ _MARKS = {
     "_is_expert_parallel",
     "num_experts",
 }
+
+Linear = Callable[[int, Tensor], Tensor]  # of an expert and its inputs
 
 
 class Experts(nn.Module):
@@ -61,22 +63,29 @@ class Experts(nn.Module):
             top_k_index: (tokens, k), the experts of each token.
             top_k_weights: (tokens, k), p.
         """
-        up, down = _names(self)
-        into, out_of = self.matrices(up).unbind(), self.matrices(down).unbind()
+        into, out_of = map(self.linear, _names(self))
         y = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             places, tokens = torch.where(top_k_index.T.eq(expert))
-            h = self._apply_gate(self._linear(up, expert, into[expert], hidden_states[tokens]))
-            of_expert = self._linear(down, expert, out_of[expert], h)
+            of_expert = out_of(expert, self._apply_gate(into(expert, hidden_states[tokens])))
             if self.has_post_expert_norm:
                 of_expert = self.post_expert_norm(of_expert)
             weighted = of_expert * top_k_weights[tokens, places, None]
             y.index_add_(0, tokens, weighted.to(y.dtype))
         return y
 
-    def _linear(self, name: str, expert: int, matrix: Tensor, x: Tensor) -> Tensor:
-        y = F.linear(getattr(self, f"{name}_input_quantizer")(x), matrix)
-        return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
+    def inner(self, expert: int, x: Tensor, matrix: Tensor) -> Tensor:
+        """What an expert's rounded first matrix makes of its quantized inputs, for its second one."""
+        y, bias = F.linear(x, matrix), f"{_names(self)[0]}_bias"
+        return self._apply_gate(y + getattr(self, bias)[expert] if self.has_bias else y)
+
+    def linear(self, name: str) -> Linear:
+        """What the matrices of this name do with an expert's tokens."""
+        matrices, quantizer = self.matrices(name).unbind(), getattr(self, f"{name}_input_quantizer")
+        if not self.has_bias:
+            return lambda expert, x: F.linear(quantizer(x), matrices[expert])
+        bias: Tensor = getattr(self, f"{name}_bias")
+        return lambda expert, x: F.linear(quantizer(x), matrices[expert]) + bias[expert]
 
     def _apply_gate(self, x: Tensor) -> Tensor:
         if not self.has_gate:
@@ -156,10 +165,54 @@ class QuantExperts(Experts):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         return self.float_type.forward(self, hidden_states, top_k_index, top_k_weights)
 
+    def linear(self, name: str) -> Linear:
+        """What they do with an expert's tokens, as one function where that is the same; see `fused.py`."""
+        stack = self.get_parameter(name)
+        of_x, of_stack = getattr(self, f"{name}_input_quantizer"), getattr(self, f"{name}_quantizer")
+        if not fuses(stack, of_x, of_stack):
+            return super().linear(name)
+        matrices = fused_matrices(stack, self.view(self, name).matrix, self.num_experts, of_stack)
+        if not self.has_bias:
+            return lambda expert, x: fused_matrix(x, matrices[expert], of_x, of_stack)
+        biases = self.get_parameter(f"{name}_bias")
+        return lambda expert, x: fused_matrix(x, matrices[expert], of_x, of_stack) + biases[expert]
+
+    def matrix_of(self, name: str, expert: int) -> Tensor:
+        """The matrix of this name of one expert, (out, in), as a view of its Parameter."""
+        matrix = self.get_parameter(name)[expert]
+        return matrix.T if self.is_transposed else matrix
+
     def matrices(self, name: str) -> Tensor:
         """The rounded matrices of this name, (experts, out, in)."""
         quantizer: FakeQuantizer = getattr(self, f"{name}_quantizer")
         return quantizer(self.view(self, name).matrix).unflatten(0, (self.num_experts, -1))
+
+
+class ExpertsOfLinears(Experts):
+    """The same of modules, one for each matrix that a checkpoint has, as gate and up apart.
+
+    They belong to the model under the names of its checkpoint, and not to this.
+    """
+
+    def __init__(self, stacks: Any, linears: Mapping[str, Sequence[Sequence[nn.Module]]]) -> None:
+        """Of a layer of experts, whose weights are left behind.
+
+        Args:
+            stacks: float, or converted; without biases.
+            linears: by the name of a stack; of an expert, those whose outputs are joined.
+        """
+        nn.Module.__init__(self)
+        vars(self).update({name: value for name, value in vars(stacks).items() if name not in vars(self)})
+        self.float_type = getattr(stacks, "float_type", type(stacks))
+        for name, child in stacks.named_children():
+            if not isinstance(child, LatticeState):
+                self.add_module(name, child)
+        self.linears = linears
+
+    def linear(self, name: str) -> Linear:
+        """What the modules of this name do with an expert's tokens."""
+        linears = self.linears[name]
+        return lambda expert, x: torch.cat([linear(x) for linear in linears[expert]], dim=-1)
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -4,14 +4,16 @@
 nobody listens to them, and `torch.compile`, which fuses the equation by itself, never meets it.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.kept_input import kept_input
 from recoup.nn.kept_weight import kept_weight
-from recoup.numerics import LowRank
-from recoup.numerics.kernels import KERNELS, linear
+from recoup.numerics import LowRank, QParams
+from recoup.numerics.kernels import KERNELS, Kept, linear, matrices
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -55,12 +57,60 @@ def fused_linear(
     Raises:
         NonFiniteError: x or the weight is not finite.
     """
-    of_x = None
-    if isinstance(input_quantizer, FakeQuantizer):
-        codes = kept_input(input_quantizer, x)
-        learned = input_quantizer.spec.ranges == "learned"  # with gradients, then
-        of_x = input_quantizer.stored_qparams if learned else codes.qparams, codes
+    of_x = _of_input(input_quantizer, x)
     codes = kept_weight(weight_quantizer, weight, low_rank)
     learned = weight_quantizer.spec.ranges == "learned"
     of_weight = weight_quantizer.stored_qparams if learned else codes.qparams, codes
     return linear(x, of_x, weight, of_weight, bias, KERNELS[weight_quantizer.impl], low_rank)
+
+
+def fused_matrices(
+    stack: Tensor, view: Tensor, count: int, quantizer: FakeQuantizer
+) -> list[tuple[Tensor, tuple[QParams, Kept]]]:
+    """The matrices of a stack with their codes, which are decided once for a step, and a byte each.
+
+    Args:
+        stack: whose changes are noticed.
+        view: its matrices, one below the other.
+        count: how many those are.
+        quantizer: of the stack.
+
+    Raises:
+        NonFiniteError: the stack is not finite.
+    """
+    codes = kept_weight(quantizer, stack, view=view)
+    kept = matrices(codes, count)
+    qparams = [each.qparams for each in kept]
+    if quantizer.spec.ranges == "learned":  # with gradients, then
+        qparams = [each.qparams for each in matrices(replace(codes, qparams=quantizer.stored_qparams), count)]
+    return list(zip(view.unflatten(0, (count, -1)).unbind(), zip(qparams, kept, strict=True), strict=True))
+
+
+def fused_matrix(
+    x: Tensor,
+    matrix: tuple[Tensor, tuple[QParams, Kept]],
+    input_quantizer: FakeQuantizer | nn.Identity,
+    weight_quantizer: FakeQuantizer,
+) -> Tensor:
+    """F.linear(input_quantizer(x), the rounded matrix), the same to the bit.
+
+    Args:
+        x: (..., in).
+        matrix: one of `fused_matrices`.
+        input_quantizer: of x; an Identity leaves it in float.
+        weight_quantizer: of the stack.
+
+    Raises:
+        NonFiniteError: x is not finite.
+    """
+    weight, of_weight = matrix
+    of_x = _of_input(input_quantizer, x)
+    return linear(x, of_x, weight, of_weight, None, KERNELS[weight_quantizer.impl])
+
+
+def _of_input(quantizer: FakeQuantizer | nn.Identity, x: Tensor) -> tuple[QParams, Kept] | None:
+    if not isinstance(quantizer, FakeQuantizer):
+        return None
+    codes = kept_input(quantizer, x)
+    learned = quantizer.spec.ranges == "learned"  # with gradients, then
+    return quantizer.stored_qparams if learned else codes.qparams, codes

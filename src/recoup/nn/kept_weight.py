@@ -51,20 +51,29 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def kept_weight(quantizer: FakeQuantizer, weight: Tensor, low_rank: LowRank | None = None) -> Kept:
+def kept_weight(
+    quantizer: FakeQuantizer, weight: Tensor, low_rank: LowRank | None = None, view: Tensor | None = None
+) -> Kept:
     """The codes of a weight's 2-D view; decided again only if it, or its scales, may have changed.
 
     With a product of low rank beside it, they are the codes of the sum, which nothing keeps.
 
+    Args:
+        quantizer: of the weight.
+        weight: whose changes are noticed.
+        low_rank: a product beside it, or none.
+        view: its 2-D view, where it is not that itself.
+
     Raises:
         NonFiniteError: the weight is not finite.
     """
+    view = weight if view is None else view
     product = () if low_rank is None else (low_rank.A, low_rank.B)
     scales = (quantizer.scale, quantizer.zero_point, quantizer.offset, quantizer.global_scale)
     held = (weight, *product, *scales)
     state = [tensor for tensor in held if tensor is not None]
     if not torch.is_grad_enabled() or any(tensor.is_inference() for tensor in state):
-        return _decided(quantizer, merged(weight, low_rank))  # inference tensors have no version number
+        return _decided(quantizer, merged(view, low_rank))  # inference tensors have no version number
     storages = [tensor.untyped_storage() for tensor in state]
     places = [(s._cdata, t.storage_offset(), t.dtype) for s, t in zip(storages, state, strict=True)]  # pyright: ignore[reportPrivateUsage]
     times = _steps, quantizer.loads, [tensor._version for tensor in state]  # pyright: ignore[reportPrivateUsage]
@@ -78,7 +87,7 @@ def kept_weight(quantizer: FakeQuantizer, weight: Tensor, low_rank: LowRank | No
     else:
         return found.codes
     with torch.no_grad():
-        codes = _decided(quantizer, merged(weight, low_rank), over)
+        codes = _decided(quantizer, merged(view, low_rank), over)
     _kept[quantizer] = _Entry(quantizer.spec, quantizer.impl, references, places, times, codes)
     return codes
 

@@ -9,7 +9,7 @@ Read `carrier.py`, `place.py`, `kept.py`, `compiled.py`, `choose.py` and `functi
 
 from recoup.numerics.kernels.choose import KERNELS, Choice, Impl, Kernels, choose
 from recoup.numerics.kernels.functions import fake_quantize, linear
-from recoup.numerics.kernels.kept import Kept, NotFiniteError
+from recoup.numerics.kernels.kept import Kept, NotFiniteError, matrices
 
 __all__ = [
     "KERNELS",
@@ -21,4 +21,5 @@ __all__ = [
     "choose",
     "fake_quantize",
     "linear",
+    "matrices",
 ]

@@ -200,6 +200,26 @@ def may_saturate(spec: QuantSpec, carrier: Carrier) -> bool:
     return spec.scale_rule not in _TO_THE_END.get(spec.scale_format, ())
 
 
+def matrices(kept: Kept, count: int) -> list[Kept]:
+    """Those of so many matrices that lie one below the other, each of whole blocks."""
+    fields_of = vars(kept.qparams).items()
+    tensors = {name: tensor for name, tensor in fields_of if tensor is not None and tensor.ndim == 2}
+    rows = zip(*(tensor.unflatten(0, (count, -1)).unbind() for tensor in tensors.values()), strict=True)
+    values = kept.values.unflatten(0, (count, -1)).unbind()
+    bits: list[Tensor | None] = [None] * count
+    if kept.saturated is not None:
+        bits = [*map(pack_bits, unpack_bits(kept.saturated, kept.values.numel()).chunk(count))]
+    return [
+        replace(
+            kept,
+            values=own,
+            saturated=marked,
+            qparams=replace(kept.qparams, **dict(zip(tensors, of, strict=True))),
+        )
+        for own, marked, of in zip(values, bits, rows, strict=True)
+    ]
+
+
 def pack_bits(bits: Tensor) -> Tensor:
     """Eight of 0 and 1 to a byte. Neighbours go to neighbouring bytes, which is what vector units like.
 
