@@ -16,6 +16,7 @@ from recoup.ladder import outcome_of_part
 from recoup.ladder.run_folder import RunFolder
 from recoup.schemes import TrainSettings
 from recoup.train import NonFiniteLossError
+from tests.killing import in_a_process
 
 from .conftest import Classifier, batches, recipe
 from .test_recover import events, run_json
@@ -270,6 +271,16 @@ def test_a_run_that_is_stopped_in_any_training_goes_on_and_ends_the_same(
         assert told(again.folder) == told(whole.folder)
         same = ended.model.state_dict()
         assert all(torch.equal(same[name], value) for name, value in result.model.state_dict().items())
+
+
+def test_real_trainings_that_are_killed_go_on_and_end_the_same(tmp_path: Path) -> None:
+    """SIGKILL at a few of the places where they touch the disk or measure; see `killed_retuning.py`."""
+    found = in_a_process("tests.ladder.killed_retuning", tmp_path, "211")
+    assert found["lost"] == []
+    assert found["points"] > 2 * 211
+    kinds = [one["kind"] for one in found["run"]["retuning"]["tries"]]
+    assert kinds[:12] == ["recipe", *["search"] * 10, "rate"]  # 1 step each in two of the rounds
+    assert "bits" in kinds[12:]
 
 
 def test_the_parts_of_a_run_re_tune_with_qat(run: Run) -> None:

@@ -11,6 +11,7 @@ from recoup.export import preflight
 from recoup.export.fused import siblings
 from recoup.ladder.tries import CAUSE, FEW, shares_of_error
 from recoup.nn import FakeQuantizer
+from recoup.numerics.kernels import Impl
 from recoup.prepare import prepare, resolve
 from recoup.schemes import Plan, Recipe, Rule
 from recoup.schemes.presets import preset, ways_up
@@ -80,7 +81,7 @@ def give(model: nn.Module, plain: nn.Module, before: Plan, after: Plan) -> list[
         after: another one that quantizes the same modules.
     """
     changed = [name for name, scheme in after.modules.items() if before[name] != after.schemes[scheme]]
-    impl = next(module.impl for module in model.modules() if isinstance(module, FakeQuantizer))
+    impl: Impl = next(module.impl for module in model.modules() if isinstance(module, FakeQuantizer))
     for name in changed:
         model.set_submodule(name, plain.get_submodule(name))
     if changed:
