@@ -1,5 +1,6 @@
 """The climb: rung after rung on one prepared model, a gate after each, until one passes."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,7 @@ class Climb:
         self.calibration, self.train = calibration, train
         self.settle = target_named(recipe.export.target).settle
         # GPTQ and training move the float weights: no student could follow what the model is after them.
+        self.error = ""  # that ended the recipe's training
         self.retunes = recipe.train.budget is not None
         self.teacher = float_copy(model) if self.retunes or {"gptq", "qat"} <= set(recipe.rungs) else None
         if run.state:  # without calibration, which leaves the example too
@@ -114,16 +116,16 @@ class Climb:
         moves_weights = not {"gptq", "qat"}.isdisjoint(self.recipe.rungs)
         self.run.state = _moving_state(self.model, weights=moves_weights)
 
-    def fit(self, settings: TrainSettings, folder: Path, **told: Any) -> list[dict[str, float]]:
-        """Train the model as it is; the record of it.
+    def fit(self, settings: TrainSettings, folder: Path, curve: list[dict[str, float]], **told: Any) -> None:
+        """Train the model as it is.
 
         Args:
             settings: of this training.
             folder: of its checkpoints.
+            curve: gets the record of it, up to where it ends or breaks off.
             told: more to say in every line of metrics.jsonl.
         """
         held_out = min(max(1, round(settings.held_out * len(self.train))), len(self.train) - 1)
-        curve: list[dict[str, float]] = []
 
         def record(entry: Mapping[str, float]) -> None:
             curve.append(dict(entry))
@@ -143,7 +145,6 @@ class Climb:
             record=record,
             checkpoints=folder,
         )
-        return curve
 
     def to_the_best(self) -> None:
         """The model as the best rung made it; it is prepared with the plan of that."""
@@ -175,10 +176,11 @@ class Climb:
             self.run.untrained = _moving_state(self.model, weights="gptq" in self.recipe.rungs)
         standing.curve, standing.symptoms = [], []
         try:
-            standing.curve = self.fit(at_rate(settings, settings.learning_rate), self.run.training)
+            self.fit(at_rate(settings, settings.learning_rate), self.run.training, standing.curve)
         except NonFiniteLossError as error:
             if not self.retunes:
                 raise
+            self.error = str(error)
             self.say(f"  {error}")
             self.to_the_untrained()
         else:
@@ -192,11 +194,12 @@ class Climb:
             name=rung.name,
             why="as the recipe says",
             learning_rate=settings.learning_rate,
-            steps=int(standing.curve[-1]["step"]) if standing.curve else settings.steps,
-            held_out=lowest(standing.curve),
-            falls=falls(standing.curve),
+            steps=int(standing.curve[-1]["step"]) if standing.curve else 0,
+            held_out=math.inf if self.error else lowest(standing.curve),
+            falls=not self.error and falls(standing.curve),
             seconds=self.run.seconds_of_step,
             outcome=rung.outcome,
+            error=self.error,
         )
 
 

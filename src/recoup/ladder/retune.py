@@ -176,13 +176,15 @@ class Retuning:
             learning_rate=rate,
             steps=steps,
         )
+        curve: list[dict[str, float]] = []
         torch.manual_seed(self.recipe.seed)
         self.climb.to_the_untrained()
         log = logging.getLogger("recoup")
         level = log.level
         log.setLevel(logging.ERROR)  # a remedy for a rate that is only tried would mislead
         try:
-            made = replace(asked, held_out=lowest(self._fit(asked)))
+            self._fit(asked, curve)
+            made = replace(asked, held_out=lowest(curve))
         except NonFiniteLossError as error:
             made = replace(asked, error=str(error))
         finally:
@@ -200,7 +202,7 @@ class Retuning:
                 self.climb.to_the_untrained()
             else:
                 self._to_the_best_with(asked.raised)
-            curve.extend(self._fit(asked))
+            self._fit(asked, curve)
 
         try:
             rung = self.climb.measured(asked.name, change)
@@ -208,12 +210,11 @@ class Retuning:
             self.say(f"  {error}")
             made = replace(asked, outcome="failed", error=str(error))
         else:
-            steps, loss = int(curve[-1]["step"]), lowest(curve)
-            made = replace(asked, steps=steps, held_out=loss, falls=falls(curve), outcome=rung.outcome)
+            made = replace(asked, held_out=lowest(curve), falls=falls(curve), outcome=rung.outcome)
             if self.best is rung:
                 standing.curve = curve
                 standing.symptoms = getattr(self.climb.model, "recoup_symptoms", [])
-        self._end(made)
+        self._end(replace(made, steps=int(curve[-1]["step"]) if curve else 0))
 
     def _end(self, made: Try) -> Try:
         """End the step of a try: the model is as the best rung made it, and the disk knows of it."""
@@ -230,7 +231,7 @@ class Retuning:
         shutil.rmtree(self.run.training, ignore_errors=True)
         return made
 
-    def _fit(self, asked: Try) -> list[dict[str, float]]:
+    def _fit(self, asked: Try, curve: list[dict[str, float]]) -> None:
         rate = at_rate(self.settings, asked.learning_rate)
         settings = {
             "search": shortened(rate, asked.steps),
@@ -239,7 +240,8 @@ class Retuning:
             "bits": going_on(rate, ranges=True),
         }[asked.kind]
         # a folder of its own, since one that was finished may not be removed yet
-        return self.climb.fit(settings, self.run.training / asked.name.replace(" ", "-"), rung=asked.name)
+        folder = self.run.training / asked.name.replace(" ", "-")
+        self.climb.fit(settings, folder, curve, rung=asked.name)
 
     def _prepared_with(self, raised: dict[str, str]) -> list[str]:
         """The modules that are not what they were."""
