@@ -71,7 +71,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for timed in (run, *run["rungs"], *events):
         timed.pop("seconds")
-    shipped = torch.load(folder / "artefact" / "model.pt", weights_only=False).state_dict()
+    artefact = folder / "artefact" / "model.pt"
+    shipped = torch.load(artefact, weights_only=False).state_dict() if artefact.exists() else {}
     return {"files": sorted(found), "run": run, "events": events, "artefact": fingerprint(shipped)}
 
 

@@ -26,6 +26,7 @@ from recoup.numerics import (
     per_tensor,
 )
 from recoup.schemes import PRESETS, preset
+from recoup.schemes.presets import ways_up
 from tests.models import name_of
 
 INTEGER = (
@@ -188,3 +189,18 @@ def test_mistakes(name: str, message: str) -> None:
         preset(name)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@every_preset
+def test_a_way_up_keeps_the_family_and_has_more_levels(scheme: object) -> None:
+    found = [scheme, *ways_up(scheme.name)]
+    levels = [2 * one.weights.format.bits + (one.name == "w2a16-seq") for one in found]  # 4 are more than 3
+    assert levels == sorted(set(levels))
+    assert len({one.inputs is None for one in found}) == 1
+
+
+def test_a_way_up_keeps_the_size_of_groups() -> None:
+    assert [one.name for one in ways_up("w2a16-g64")] == ["w4a16-g64", "w8a16-g64"]
+    assert [one.name for one in ways_up("w2a8-g64")] == ["w4a8-g64", "w8a8"]
+    assert [one.name for one in ways_up("mxfp4-gguf")] == ["q8_0"]
+    assert ways_up("w8a16") == ways_up("a scheme of ones own") == []

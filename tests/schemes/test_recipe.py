@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pydantic import BaseModel
 
 import recoup
@@ -174,6 +175,18 @@ MISTAKES = {
         b"scheme: w4a16\ntrain: {early_stop: 0}",
         "train.early_stop: input should be greater than or equal to 1, found 0",
     ),
+    "no time": (
+        b"scheme: w4a16\ntrain: {budget: soon}",
+        "train.budget: 'soon' is no time above 0; write 30m, 2h, 90s, or a number of seconds",
+    ),
+    "time of nothing": (b"scheme: w4a16\ntrain: {budget: 0m}", "train.budget: '0m' is no time above 0; "),
+    "time without end": (b"scheme: w4a16\ntrain: {budget: .inf}", "train.budget: inf is no time above 0; "),
+    "time that is true": (b"scheme: w4a16\ntrain: {budget: true}", "train.budget: true is no time above 0; "),
+    "budget of no training": (
+        b"scheme: w4a16\nrungs: [rtn]\ntrain: {budget: 30m}",
+        "as a whole: train.budget: 1800 seconds of re-tuning asked, and no rung trains; add qat to rungs, or "
+        "leave the budget out",
+    ),
     "no loss": (
         b"scheme: w4a16\ntrain: {loss: {}}",
         "train.loss: an empty mixture of losses; there are task, ",
@@ -256,6 +269,16 @@ def test_what_is_dumped_loads_as_equal(tmp_path: Path, name: str) -> None:
     path.write_text(written.dump(), encoding="utf-8")
     assert Recipe.load(path) == written
     assert Recipe.load(path).dump() == written.dump()
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("30m", 1800.0), ("1.5h", 5400.0), ("90s", 90.0), ("90", 90.0), (90, 90.0), (None, None)],
+)
+def test_a_budget_is_a_time(written: object, seconds: float | None) -> None:
+    given = Recipe.model_validate({"scheme": "w4a16", "train": {"budget": written}})
+    assert given.train.budget == seconds
+    assert Recipe.model_validate(yaml.safe_load(given.dump())) == given
 
 
 def test_a_recipe_is_frozen() -> None:

@@ -334,6 +334,15 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_parameter() -> None:
         train(model, batches(1), settings(loss="task"))
 
 
+def test_a_budget_is_for_a_ladder() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"budget: 60 seconds of re-tuning asked, and a training asks no gate that it could miss; use "
+        r"recoup\.recover, or leave the budget out",
+    ):
+        train(prepared(), batches(1), settings(budget="1m"))
+
+
 def test_it_stops_early_after_so_many_looks_without_a_lower_loss() -> None:
     model, data, held_out = prepared(), batches(4), batches(1)
     seen: list[Mapping[str, float]] = []

@@ -14,6 +14,7 @@ import pytest
 from recoup.validate import Cost, Gate, Report, Rung, Samples, html, markdown, outcome_of, write
 from recoup.validate.report import duration, size
 from recoup.validate.symptoms import Symptom
+from recoup.validate.tries import Retuned, Try
 
 HOSTILE = "<script>alert('$x$')</script> | `&\"--> \\"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -180,6 +181,13 @@ def test_hostile_names_are_text():
         notes=[HOSTILE],
         facts={HOSTILE: HOSTILE},
         artefact_cost=dataclasses.replace(FASTER, batch=HOSTILE),
+        retuned=Retuned(
+            budget=1.0,
+            seconds=0.0,
+            tries=[Try(kind="bits", name=HOSTILE, why=HOSTILE, learning_rate=1.0, steps=1, error=HOSTILE)],
+            raised={HOSTILE: (HOSTILE, HOSTILE)},
+            advice=[HOSTILE],
+        ),
     )
     page = Page(html(hostile))
     assert "script" not in page.tags
@@ -188,7 +196,7 @@ def test_hostile_names_are_text():
     assert "<script" not in text
     for line in text.splitlines():
         if line.startswith("| &lt;"):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (6, 10)
+            assert len(re.findall(r"(?<!\\)\|", line)) in (4, 6, 8, 10)
 
 
 def test_what_training_showed_is_a_table():
@@ -202,6 +210,37 @@ def test_what_training_showed_is_a_table():
     for said in (" ".join(Page(html(many)).text), markdown(many)):
         assert said.count(SHRUNK.figure) == 20
         assert "And 3 more." in said
+
+
+SEARCHED = Try(
+    kind="search", name="rate 0.01, 3 steps", why="search", learning_rate=0.01, steps=3, error="step 2: nan"
+)
+RETUNED = Retuned(
+    budget=1800.0,
+    seconds=90.0,
+    tries=[
+        dataclasses.replace(SEARCHED, kind="recipe", name="qat", held_out=0.5, outcome="failed", error=""),
+        SEARCHED,
+        dataclasses.replace(SEARCHED, kind="rate", name="qat 2", seconds=61.0, outcome="passed", error=""),
+    ],
+    raised={"model.layers.3.up": ("w2a16", "w4a16")},
+    advice=["more steps: the held-out loss of qat 2 still fell at its last step"],
+)
+
+
+def test_what_was_tried_is_a_table_with_what_was_raised_and_what_is_worth_more_time():
+    tuned = dataclasses.replace(PASSED, rung="qat 2", retuned=RETUNED)
+    page, text = Page(html(tuned)), markdown(tuned)
+    for said in ("Re-tuning", "rate 0.01, 3 steps", "step 2: nan", "model.layers.3.up", RETUNED.advice[0]):
+        assert page.has(said)
+    lines = text.splitlines()
+    assert "90 s of 30 min were spent." in lines
+    assert "| qat | search | 0.01 | 3 | 0.5 | 0 ms | failed |" in lines
+    assert "| rate 0.01, 3 steps | search | 0.01 | 3 | inf | 0 ms | no gate asked: step 2: nan |" in lines
+    assert "| model.layers.3.up | w2a16 | w4a16 |" in lines
+    assert f"- {RETUNED.advice[0]}" in lines
+    for said in (passed_page(), markdown(PASSED)):
+        assert "Re-tuning" not in said
 
 
 def test_a_training_without_symptoms_says_so():

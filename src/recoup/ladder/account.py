@@ -6,7 +6,11 @@ from typing import Any
 
 from recoup.explain import Explanation
 from recoup.ladder.climb import rung_json
+from recoup.ladder.standing import Standing
+from recoup.ladder.tries import spent
+from recoup.schemes import Plan, Recipe
 from recoup.validate import Cost, Report
+from recoup.validate.tries import Retuned
 
 
 def notes_of(account: Explanation, costs: tuple[Cost, Cost] | None, slow: str | None) -> list[str]:
@@ -35,6 +39,41 @@ def notes_of(account: Explanation, costs: tuple[Cost, Cost] | None, slow: str | 
     return notes
 
 
+def plan_json(plan: Plan, base: Plan) -> dict[str, Any]:
+    """A plan as data; where re-tuning raised modules, it says which, and from what."""
+    more = {name: {"from": was, "to": now} for name, (was, now) in raised(plan, base).items()}
+    return plan.to_json() | ({"raised": more} if more else {})
+
+
+def raised(plan: Plan, base: Plan) -> dict[str, tuple[str, str]]:
+    """Module -> its presets in the plan of the recipe and in that of what is shipped, where they differ."""
+    return {
+        name: (base.modules[name], scheme)
+        for name, scheme in plan.modules.items()
+        if scheme != base.modules[name]
+    }
+
+
+def retuned(standing: Standing, recipe: Recipe, more: dict[str, tuple[str, str]]) -> Retuned | None:
+    """What re-tuning tried; None where there was none.
+
+    Args:
+        standing: of the run.
+        recipe: of the run.
+        more: what is raised of what is shipped.
+    """
+    budget, tries = recipe.train.budget, standing.tries
+    if budget is None or not tries:
+        return None
+    return Retuned(
+        budget=budget,
+        seconds=spent(tries),
+        tries=tries,
+        raised=more,
+        advice=standing.advice,
+    )
+
+
 def run_json(report: Report, seconds: float) -> dict[str, Any]:
     """The run as data. Everything under "artefact" was measured on the files, read back."""
     artefact = None
@@ -58,6 +97,7 @@ def run_json(report: Report, seconds: float) -> dict[str, Any]:
         "verdicts": [verdict.to_json() for verdict in final.verdicts],
         "rungs": [rung_json(rung) for rung in report.rungs],
         "symptoms": [asdict(symptom) for symptom in report.symptoms],
+        "retuning": None if report.retuned is None else asdict(report.retuned),
         "seconds": round(seconds, 1),
         "notes": report.notes,
         "facts": report.facts,

@@ -1,8 +1,11 @@
 """The climb: rung after rung on one prepared model, a gate after each, until one passes."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +14,16 @@ from torch import Tensor, nn
 from recoup.calibrate import calibrate, gptq
 from recoup.export import target_named
 from recoup.ladder.run_folder import RunFolder
+from recoup.ladder.tries import at_rate, falls, lowest
 from recoup.nn import Batch, FakeQuantizer, without_labels
-from recoup.schemes import Recipe
-from recoup.train import float_copy
+from recoup.schemes import Recipe, TrainSettings
+from recoup.train import NonFiniteLossError, float_copy
 from recoup.train import train as train_under_quantization
 from recoup.train.snapshot import state_of
 from recoup.validate import Gate, Rung, Samples, outcome_of
 from recoup.validate.layers import layer_errors
 from recoup.validate.modes import evaluation
+from recoup.validate.tries import Try
 
 Evaluate = Callable[[nn.Module], Samples | Mapping[str, Any]]
 OBSERVERS = {"rtn": "minmax"} | {name: name for name in ("moving-average", "percentile", "kl", "mse")}
@@ -54,11 +59,13 @@ class Climb:
         self.gates, self.before, self.evaluate = gates, before, evaluate
         self.calibration, self.train = calibration, train
         self.settle = target_named(recipe.export.target).settle
-        # GPTQ moves the float weights, so what the model is now is the last that a student could follow.
-        self.teacher = float_copy(model) if {"gptq", "qat"} <= set(recipe.rungs) else None
+        # GPTQ and training move the float weights: no student could follow what the model is after them.
+        self.error = ""  # that ended the recipe's training
+        self.retunes = recipe.train.budget is not None
+        self.teacher = float_copy(model) if self.retunes or {"gptq", "qat"} <= set(recipe.rungs) else None
         if run.state:  # without calibration, which leaves the example too
             model.recoup_example = without_labels(calibration[0])  # pyright: ignore[reportArgumentType]
-            self._to_the_best()
+            self.to_the_best()
 
     def up(self, rungs: tuple[str, ...]) -> Rung | None:
         """Climb until a rung passes; the best so far. The model is left as that one made it."""
@@ -66,27 +73,20 @@ class Climb:
         for name in standing.left(rungs):
             if name not in standing.left(rungs):
                 break  # the one before it passed
-            rung = self._measured(name)
-            if standing.best is rung:
-                moves_weights = not {"gptq", "qat"}.isdisjoint(self.recipe.rungs)
-                self.run.state = _moving_state(self.model, weights=moves_weights)
-            else:  # qat starts from the better calibration, and a worse qat is not kept
-                self._to_the_best()
-            self.run.save()
+            rung = self.measured(name, partial(self._climb, name))
+            if name == "qat" and self.retunes:
+                self.run.standing.tries.append(self._tried(rung))
+            self.keep(rung)
             if name == "qat":
                 shutil.rmtree(self.run.training, ignore_errors=True)
         return standing.best
 
-    def _measured(self, name: str) -> Rung:
+    def measured(self, name: str, change: Callable[[], None]) -> Rung:
+        """A rung: the model is changed, measured, and the gates are asked."""
         self.say(f"rung {name}")
         start = time.monotonic()
         torch.manual_seed(self.recipe.seed)  # a rung draws the same numbers, whatever was before it
-        if name == "qat":
-            self._train()
-        else:
-            self._calibrate(OBSERVERS.get(name, "mse"))
-        if name == "gptq":
-            gptq(self.model, self.calibration, samples=self.recipe.calibration.samples)
+        change()
         after = measured(self.evaluate, self.model)
         verdicts = [gate.check(self.before, after) for gate in self.gates]
         rung = Rung(
@@ -103,21 +103,33 @@ class Climb:
             self.say(f"  {verdict}")
         return rung
 
-    def _calibrate(self, observer: str) -> None:
-        samples = self.recipe.calibration.samples
-        self.settle(calibrate(self.model, self.calibration, observer=observer, samples=samples))
+    def keep(self, rung: Rung) -> None:
+        """End the step of a rung: what it made of the model stays if it is the best, or else goes."""
+        if self.run.standing.best is rung:
+            self.take()
+        else:  # qat starts from the better calibration, and a worse qat is not kept
+            self.to_the_best()
+        self.run.save()
 
-    def _train(self) -> None:
-        if not self.run.standing.rungs:
-            self._calibrate("mse")
-        settings = self.recipe.train
+    def take(self) -> None:
+        """The model as it is now becomes what the best rung made of it."""
+        moves_weights = not {"gptq", "qat"}.isdisjoint(self.recipe.rungs)
+        self.run.state = _moving_state(self.model, weights=moves_weights)
+
+    def fit(self, settings: TrainSettings, folder: Path, curve: list[dict[str, float]], **told: Any) -> None:
+        """Train the model as it is.
+
+        Args:
+            settings: of this training.
+            folder: of its checkpoints.
+            curve: gets the record of it, up to where it ends or breaks off.
+            told: more to say in every line of metrics.jsonl.
+        """
         held_out = min(max(1, round(settings.held_out * len(self.train))), len(self.train) - 1)
-        curve = self.run.standing.curve = []
-        self.run.standing.symptoms = []
 
         def record(entry: Mapping[str, float]) -> None:
             curve.append(dict(entry))
-            self.run.record("train", **entry)
+            self.run.record("train", **told, **entry)
             if "stopped_early" in entry:
                 self.say(
                     f"  stopped at step {entry['step']:.0f} of {settings.steps}: {settings.early_stop} looks "
@@ -131,12 +143,64 @@ class Climb:
             teacher=self.teacher,
             held_out=self.train[:held_out],
             record=record,
-            checkpoints=self.run.training,
+            checkpoints=folder,
         )
-        self.run.standing.symptoms = getattr(self.model, "recoup_symptoms", [])
 
-    def _to_the_best(self) -> None:
+    def to_the_best(self) -> None:
+        """The model as the best rung made it; it is prepared with the plan of that."""
         self.model.load_state_dict(dict(self.run.state), strict=False)
+
+    def to_the_untrained(self) -> None:
+        """The model as the recipe's training found it; it is prepared with the plan of the recipe."""
+        assert self.teacher is not None
+        for state in (self.teacher.state_dict(), self.run.untrained):  # whose ranges have one name if shared
+            self.model.load_state_dict(dict(state), strict=False)
+
+    def _climb(self, name: str) -> None:
+        if name == "qat":
+            self._train()
+        else:
+            self._calibrate(OBSERVERS.get(name, "mse"))
+        if name == "gptq":
+            gptq(self.model, self.calibration, samples=self.recipe.calibration.samples)
+
+    def _calibrate(self, observer: str) -> None:
+        samples = self.recipe.calibration.samples
+        self.settle(calibrate(self.model, self.calibration, observer=observer, samples=samples))
+
+    def _train(self) -> None:
+        if not self.run.standing.rungs:
+            self._calibrate("mse")
+        standing, settings = self.run.standing, self.recipe.train
+        if self.retunes:
+            self.run.untrained = _moving_state(self.model, weights="gptq" in self.recipe.rungs)
+        standing.curve, standing.symptoms = [], []
+        try:
+            self.fit(at_rate(settings, settings.learning_rate), self.run.training, standing.curve)
+        except NonFiniteLossError as error:
+            if not self.retunes:
+                raise
+            self.error = str(error)
+            self.say(f"  {error}")
+            self.to_the_untrained()
+        else:
+            standing.symptoms = getattr(self.model, "recoup_symptoms", [])
+
+    def _tried(self, rung: Rung) -> Try:
+        """The recipe's training, which re-tuning begins with."""
+        standing, settings = self.run.standing, self.recipe.train
+        return Try(
+            kind="recipe",
+            name=rung.name,
+            why="as the recipe says",
+            learning_rate=settings.learning_rate,
+            steps=int(standing.curve[-1]["step"]) if standing.curve else 0,
+            held_out=math.inf if self.error else lowest(standing.curve),
+            falls=not self.error and falls(standing.curve),
+            seconds=self.run.seconds_of_step,
+            outcome=rung.outcome,
+            error=self.error,
+        )
 
 
 def measured(evaluate: Evaluate, model: nn.Module) -> Samples:

@@ -24,11 +24,13 @@ from recoup.explain import Explanation, explain
 from recoup.export import export, preflight, usable
 from recoup.export.export import writing
 from recoup.export.targets import Target
-from recoup.ladder.account import notes_of, run_json
+from recoup.ladder.account import notes_of, plan_json, raised, retuned, run_json
 from recoup.ladder.climb import Climb, Evaluate, measured, rung_json
 from recoup.ladder.facts import facts_of, identity_of
 from recoup.ladder.other_targets import advice, try_other_targets
+from recoup.ladder.raising import raised_plan
 from recoup.ladder.refusals import check_data, check_rungs
+from recoup.ladder.retune import Retuning
 from recoup.ladder.run_folder import PLAN, RunFolder, begun, outcome_of_part
 from recoup.ladder.standing import Part, rungs_of
 from recoup.nn import Batch, without_labels
@@ -155,7 +157,6 @@ def recover(
     if not begun(folder):
         check_rungs(model, plan, recipe, calibration, train)
     given = None if baseline is None else _askable(baseline, gates)
-    account = explain(model, plan)
 
     run = RunFolder(folder, recipe, identity_of(known))
     if run.standing.step:
@@ -164,11 +165,17 @@ def recover(
     before = _baseline(run, recipe, gates, model, evaluate, given, say)
     _write_float_file(run, target, model, example)
     plain = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    standing, base = run.standing, plan
+    plan = raised_plan(plain, recipe, standing.raised) if standing.raised else base
     prepare(model, plan, impl=recipe.impl)
-    run.write_json(PLAN, plan.to_json())
-    chosen = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say).up(rungs)
+    run.write_json(PLAN, plan_json(plan, base))
+    climb = Climb(model, recipe, gates, before, evaluate, calibration, train, run, say)
+    climb.up(rungs)
+    if standing.retunes(part, recipe):
+        plan = Retuning(climb, plain, plan).to_the_end()
+        run.write_json(PLAN, plan_json(plan, base))
+    chosen = standing.best
     assert chosen is not None
-    standing = run.standing
     if standing.exported != chosen.name:
         standing.drop_artefact()  # of a rung before it, with a verdict that says nothing of this one
         if part == "export" or (part is None and chosen.outcome != "failed"):
@@ -184,10 +191,10 @@ def recover(
     if shipped:
         known["parity"] = standing.parity
     title = title or "recoup run"
-    record = _report(title, run, recipe, plan, account, chosen, before, known)
+    record = _report(title, run, recipe, base, plan, explain(plain, plan), chosen, before, known)
     if part in (None, "validate"):
         write(record, run.path)
-        if not standing.left(recipe.rungs):
+        if not standing.left(recipe.rungs) and not standing.retunes(None, recipe):
             run.finish(run_json(record, run.seconds))
     final = (standing.artefact if part in (None, "validate") else None) or chosen
     return Result(
@@ -295,17 +302,18 @@ def _report(
     title: str,
     run: RunFolder,
     recipe: Recipe,
+    base: Plan,
     plan: Plan,
     account: Explanation,
     chosen: Rung,
     before: Samples,
     facts: dict[str, str],
 ) -> Report:
-    standing = run.standing
+    standing, more = run.standing, raised(plan, base)
     costs = standing.costs or (None, None)
     return Report(
         title=title,
-        scheme=_scheme_text(plan, recipe),
+        scheme=_scheme_text(base, recipe) + (f", {len(more)} modules raised" if more else ""),
         target=recipe.export.target,
         outcome=(standing.artefact or chosen).outcome,
         rung=chosen.name,
@@ -321,6 +329,7 @@ def _report(
             account, standing.costs, advice(recipe.export.target, standing.costs, standing.others)
         ),
         facts=facts,
+        retuned=retuned(standing, recipe, more),
     )
 
 

@@ -7,6 +7,7 @@ unfinished/    what a run that was stopped goes on from; gone when it is finishe
     steps/         after every step: what is finished, and what the best rung made of the model
     training/      the checkpoints of a training that is under way
     float/         the float model in the target's format
+    seconds        what the run had taken when it last went on, with the step that was not finished
 report.md, report.html
 run.json       the outcome; written last, so a folder with it is a finished run
 artefact/      what ships
@@ -30,7 +31,7 @@ from recoup.train.checkpoints import Checkpoints
 from recoup.train.snapshot import to_disk
 
 RECIPE, PLAN, METRICS, RUN = "recipe.yaml", "plan.json", "metrics.jsonl", "run.json"
-_WORK, _DRAFT = "unfinished", ".unfinished"
+_WORK, _DRAFT, _SECONDS = "unfinished", ".unfinished", "seconds"
 _OURS = (RECIPE, PLAN, METRICS, RUN, _WORK, "report.md", "report.html")
 
 
@@ -57,8 +58,9 @@ class RunFolder:
         self.standing = _standing(facts, self.artefact)
         self.baseline: Mapping[str, Tensor] = parts.get("baseline", {})
         self.state: Mapping[str, Tensor] = parts.get("state", {})
+        self.untrained: Mapping[str, Tensor] = parts.get("untrained", {})
         _check_place(self.path, recipe.export.to)
-        self.start = time.monotonic() - self.standing.seconds
+        self.start = time.monotonic() - (0.0 if facts is None else self._taken())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -88,6 +90,11 @@ class RunFolder:
         """What the run took, interruptions left out."""
         return time.monotonic() - self.start
 
+    @property
+    def seconds_of_step(self) -> float:
+        """What the step under way took, with what was lost of it when it was stopped."""
+        return self.seconds - self.standing.seconds
+
     def record(self, event: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
         line = {"event": event, "seconds": round(self.seconds, 3), **values}
@@ -103,11 +110,10 @@ class RunFolder:
         self.standing.step += 1
         self.standing.seconds = self.seconds
         self.standing.lines = len(_lines(self.path / METRICS))
-        self.steps.save(
-            self.standing.step,
-            {"baseline": self.baseline, "state": self.state},
-            {"standing": self.standing.to_json()},
-        )
+        parts = {"baseline": self.baseline, "state": self.state}
+        if self.untrained:
+            parts["untrained"] = self.untrained
+        self.steps.save(self.standing.step, parts, {"standing": self.standing.to_json()})
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a JSON file; it is there whole, or not at all."""
@@ -132,10 +138,21 @@ class RunFolder:
         for name in ("report.md", "report.html", *((PLAN, METRICS) if everything else ())):
             (self.path / name).unlink(missing_ok=True)
         if everything:
+            (work / _SECONDS).unlink(missing_ok=True)
             for folder in (self.float_file, self.training):
                 shutil.rmtree(folder, ignore_errors=True)
             self.free_artefact()
+        else:  # before the lines that say so are dropped
+            write_text(work / _SECONDS, f"{self.seconds}\n")
         write_text(self.path / METRICS, "".join(_lines(self.path / METRICS)[: self.standing.lines]))
+
+    def _taken(self) -> float:
+        """What the run had taken when it was stopped: as of the last step, line or beginning."""
+        kept = self.path / _WORK / _SECONDS
+        unfinished = _lines(self.path / METRICS)[self.standing.lines :]
+        told = [json.loads(line)["seconds"] for line in unfinished if line.endswith("\n")]
+        before = [float(kept.read_text("utf-8"))] if kept.is_file() else []
+        return max([self.standing.seconds, *told, *before])
 
     def _drafts(self) -> Iterator[Path]:
         """What writers that were killed left; whatever else has a dot in front is somebody else's."""

@@ -8,6 +8,7 @@ from recoup.schemes import Recipe
 from recoup.validate import Cost, Rung, Verdict
 from recoup.validate.report import duration, latencies
 from recoup.validate.symptoms import Symptom
+from recoup.validate.tries import Try
 
 Part = Literal["ptq", "qat", "export", "validate"]
 
@@ -55,6 +56,9 @@ class Standing:
         costs: of the float file and of the exported one.
         others: targets that were measured because the artefact is slower than the float file.
         compared: none is left to be measured.
+        tries: of re-tuning, the recipe's own training first; none without a budget.
+        retuned: re-tuning is over.
+        advice: what it would have gone on with.
     """
 
     step: int = 0
@@ -70,11 +74,24 @@ class Standing:
     costs: tuple[Cost, Cost] | None = None
     others: list[Trial] = field(default_factory=list[Trial])
     compared: bool = False
+    tries: list[Try] = field(default_factory=list[Try])
+    retuned: bool = False
+    advice: list[str] = field(default_factory=list[str])
 
     @property
     def best(self) -> Rung | None:
         """The rung that would be shipped: of equals the first, which is the cheapest."""
         return max(self.rungs, key=_merit, default=None)
+
+    @property
+    def raised(self) -> dict[str, str]:
+        """Module -> its preset, of those that the best rung has with more bits than the recipe."""
+        return next((one.raised for one in self.tries if self.best and one.name == self.best.name), {})
+
+    def retunes(self, part: Part | None, recipe: Recipe) -> bool:
+        """Has this part of the run a re-tuning, and is it not over?"""
+        asked = recipe.train.budget is not None and part in (None, "qat")
+        return asked and not self.retuned and (self.best is None or self.best.outcome != "passed")
 
     def drop_artefact(self) -> None:
         """Count none as exported: what is there is gone, or was made of a rung that is not the best now."""
@@ -90,6 +107,8 @@ class Standing:
     def outcome(self, part: Part, recipe: Recipe) -> str | None:
         """The outcome of a part of the run; None while it is not done."""
         if self.best is None or (part in ("ptq", "qat") and self.left(rungs_of(part, recipe))):
+            return None
+        if self.retunes(part, recipe):
             return None
         if part in ("ptq", "qat"):
             return self.best.outcome
@@ -110,6 +129,7 @@ class Standing:
         restored: dict[str, Any] = {
             "rungs": [_rung(rung) for rung in data["rungs"]],
             "symptoms": [Symptom(**symptom) for symptom in data["symptoms"]],
+            "tries": [Try(**one) for one in data.get("tries", [])],
             "artefact": None if artefact is None else _rung(artefact),
             "costs": _costs(costs),
             "others": [Trial(**(trial | {"costs": _costs(trial["costs"])})) for trial in data["others"]],

@@ -190,6 +190,26 @@ _TABLE: list[Scheme] = [
 ]
 
 PRESETS: dict[str, Scheme] = {scheme.name: scheme for scheme in _TABLE}
+# The next preset of the same family with more bits.
+_UP = {
+    "w2a16": "w4a16",
+    "w3a16": "w4a16",
+    "w4a16": "w8a16",
+    "w2a8": "w4a8",
+    "w3a8": "w4a8",
+    "w4a8": "w8a8",
+    "w2a8-ort": "w4a8-ort",
+    "w4a8-ort": "w8a8-ort",
+    "w4afp8": "fp8",
+    "mxfp4": "mxfp6",
+    "mxfp6": "mxfp8",
+    "tq2_0": "q4_0",
+    "q4_0": "q8_0",
+    "q4_1": "q8_0",
+    "mxfp4-gguf": "q8_0",
+    "w1a16-seq": "w1.58a16-seq",
+    "w1.58a16-seq": "w2a16-seq",
+}
 # Keys and values in the KV cache. Readers hold the scale in float32 or in the model's dtype: as a bfloat16
 # number it is the same in both.
 KV_PRESETS: dict[str, QuantSpec] = {
@@ -227,6 +247,25 @@ def preset(name: str) -> Scheme:
     if inputs is not None and inputs.granularity == weights.granularity:
         inputs = replace(inputs, granularity=group)
     return replace(scheme, name=name, weights=replace(weights, granularity=group), inputs=inputs)
+
+
+def ways_up(name: str) -> list[Scheme]:
+    """The presets of the same family with more bits, the nearest first; none of a scheme of one's own.
+
+    A changed size of groups is kept, by those that have groups.
+
+    >>> [scheme.name for scheme in ways_up("w2a8-g64")]
+    ['w4a8-g64', 'w8a8']
+    """
+    stem, has_suffix, size = name.rpartition("-g")
+    if not (has_suffix and size.isdigit()):
+        stem = name
+    group, found = name.removeprefix(stem), list[Scheme]()
+    while stem in _UP:
+        stem = _UP[stem]
+        weights = PRESETS[stem].weights
+        found.append(preset(stem + group) if weights.granularity == per_group(32) else PRESETS[stem])
+    return found
 
 
 def kv_preset(name: str) -> QuantSpec:

@@ -23,6 +23,7 @@ from pydantic import (
 
 from recoup.numerics import QuantSpec, Ranges, per_tensor
 from recoup.numerics.kernels import Choice
+from recoup.schemes.budget import seconds_of
 from recoup.schemes.limit import Limit
 from recoup.schemes.parse import parse
 from recoup.schemes.presets import KV_PRESETS, kv_preset, preset
@@ -219,6 +220,8 @@ class TrainSettings(_Section):
         batch_norm: norms that were folded normalise by batch again; null leaves them folded.
         lora: trains adapters, and scales that are learned, in place of everything; they are merged at the
             end.
+        budget: seconds of re-tuning where the rung qat misses a gate, as "30m" or 1800; null for none. A
+            ladder has it; `recoup.train` asks no gates.
     """
 
     steps: int = Field(default=500, ge=1)
@@ -243,6 +246,7 @@ class TrainSettings(_Section):
     parameters: Literal["all", "scales"] = "all"
     batch_norm: BatchNormSettings | None = None
     lora: LoraSettings | None = None
+    budget: Annotated[float | None, BeforeValidator(seconds_of)] = None
 
     @model_validator(mode="after")
     def _one_choice_of_parameters(self) -> "TrainSettings":
@@ -370,6 +374,15 @@ class Recipe(_Section):
         order: Sequence[str] = get_args(Rung)
         if list(self.rungs) != sorted(set(self.rungs), key=order.index):
             raise ValueError(f"rungs go from cheap to dear, each once: a part of {', '.join(order)}")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_has_a_training(self) -> "Recipe":
+        if self.train.budget is not None and "qat" not in self.rungs:
+            raise ValueError(
+                f"train.budget: {self.train.budget:g} seconds of re-tuning asked, and no rung trains; add "
+                "qat to rungs, or leave the budget out"
+            )
         return self
 
     @classmethod

@@ -87,8 +87,8 @@ def train(
     Raises:
         ValueError: the model is not prepared, has parameters that are not float32 or state that is no
             tensor, or returns nothing that the loss could use; nothing to train; see `add_lora` and
-            `add_batch_norm`; norms in several processes; no batches; early stop without held-out batches;
-            checkpoints of another training.
+            `add_batch_norm`; norms in several processes; no batches; early stop without held-out batches; a
+            budget; checkpoints of another training.
         NonFiniteLossError: the loss or a gradient is not finite; names the first place with such a value.
         OSError: a checkpoint cannot be written; those before it are kept.
     """
@@ -98,6 +98,11 @@ def train(
     check_trainable(model)
     check_state(model)
     _check_batches(batches, settings, held_out)
+    if settings.budget is not None:
+        raise ValueError(
+            f"budget: {settings.budget:g} seconds of re-tuning asked, and a training asks no gate that it "
+            "could miss; use recoup.recover, or leave the budget out"
+        )
     if settings.teacher_logits is not None and checkpoints is None:
         raise ValueError(
             "teacher_logits: a teacher's answers lie beside the checkpoints; pass checkpoints=folder"
@@ -369,7 +374,7 @@ def _identity(
     held_out: Sequence[Batch],
 ) -> dict[str, Any]:
     """What a training follows from. What only decides when it is saved, and in what memory, is left out."""
-    without = {"checkpoint_every", "activation_checkpointing"}
+    without = {"checkpoint_every", "activation_checkpointing", "budget"}
     return {
         "settings": settings.model_dump(mode="json", exclude=without),
         "model": fingerprint(state_of(model)),

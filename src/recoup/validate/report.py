@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from recoup.validate.gates import Verdict
 from recoup.validate.symptoms import Symptom
+from recoup.validate.tries import Retuned
 
 _NOTICED = 1.02  # a ratio of latencies nearer to 1 is none
 _ROWS = 20  # of a table that is to be read
@@ -86,6 +87,7 @@ class Report:
         layer_errors: rung -> module -> relative output error.
         notes: sentences for the reader: what was kept and why, what gave no speed.
         facts: versions, seeds, hashes, machine.
+        retuned: what re-tuning tried; None where the recipe gives it no time.
     """
 
     title: str
@@ -103,6 +105,7 @@ class Report:
     layer_errors: dict[str, dict[str, float]]
     notes: list[str]
     facts: dict[str, str]
+    retuned: Retuned | None = None
 
 
 def html(report: Report) -> str:
