@@ -47,6 +47,7 @@ from recoup.nn.fits import (
     check_surroundings,
     kept_by_type,
     no_form,
+    normed_weights,
     type_name,
     unasked_layers,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "matrices_of",
     "moved",
     "no_form",
+    "normed_weights",
     "output_quantizer_of",
     "output_quantizers",
     "quant_type",

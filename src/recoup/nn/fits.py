@@ -1,7 +1,10 @@
 """Does a float module take a scheme, and is it asked by the modules around it? Known before work."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from recoup.nn.experts import is_experts
 from recoup.nn.modules import quant_type
@@ -122,8 +125,28 @@ def kept_by_type(module: nn.Module, parameter: str) -> str:
 
 
 def no_form(module: nn.Module) -> str:
-    """That nothing here quantizes modules of this type."""
+    """That nothing here quantizes modules of this type, or not before weight norm is folded."""
+    if normed_weights(module) or _is_weight_norm(module):
+        return f"no quantized form of {type_name(module)}, before recoup.transforms.fold_weight_norm"
     return f"no quantized form of {type_name(module)}"
+
+
+def normed_weights(module: nn.Module) -> dict[str, list[Tensor]]:
+    """What weight norm computes a module's tensors of, as a parametrization or in a hook, by their names."""
+    found = {
+        name: list(parts.parameters())
+        for name, parts in vars(module)["_modules"].get("parametrizations", nn.ModuleDict()).items()
+        if _is_weight_norm(parts)
+    }
+    for hook in vars(module)["_forward_pre_hooks"].values():
+        if isinstance(hook, WeightNorm):
+            found[hook.name] = [getattr(module, f"{hook.name}_{part}") for part in "gv"]
+    return found
+
+
+def _is_weight_norm(module: nn.Module) -> bool:
+    """A list of parametrizations that are weight norm, and nothing else."""
+    return isinstance(module, ParametrizationList) and all(isinstance(held, _WeightNorm) for held in module)
 
 
 def type_name(module: nn.Module) -> str:
