@@ -224,7 +224,7 @@ def _decide(
     recipe: Recipe,
     tied: dict[str, list[str]],
     choosing: set[str],
-    unasked: dict[str, nn.Module],
+    unasked: dict[str, str],
 ) -> Scheme | str:
     """The scheme of a module, or the reason why its parameters are kept."""
     kind = quant_type(module)
@@ -236,19 +236,18 @@ def _decide(
         return "router, kept unless a rule names it" if rule is None else f"router, and {no_form(module)}"
     if kind is None:
         return kept_by_type(module, parameter)
+    if rule is None:
+        if name in tied:
+            return f"tied to {tied[name][0]}"
+        if kind.inputs_are == "ids":
+            return "embedding, kept unless a rule names it"
+        if name.rpartition(".")[2] in HEADS:
+            return "head, kept unless a rule names it"
+        if kind.inputs_are == "unseen" and recipe.scheme.inputs is not None:
+            return f"{no_form(module)} with inputs"
     if name in unasked:
-        return f"no quantized form of the {type_name(unasked[name])} around it"
-    if kind.inputs_are == "unseen" and rule is None and recipe.scheme.inputs is not None:
-        return f"{no_form(module)} with inputs"
-    if rule is not None and rule.scheme is not None:
-        return _with_ranges(rule.scheme, recipe)
-    if name in tied:
-        return f"tied to {tied[name][0]}"
-    if kind.inputs_are == "ids":
-        return "embedding, kept unless a rule names it"
-    if name.rpartition(".")[2] in HEADS:
-        return "head, kept unless a rule names it"
-    return _with_ranges(recipe.scheme, recipe)
+        return f"no quantized form of the {unasked[name]} around it, which reads its weight"
+    return _with_ranges(recipe.scheme if rule is None or rule.scheme is None else rule.scheme, recipe)
 
 
 def _with_ranges(scheme: Scheme, recipe: Recipe) -> Scheme:

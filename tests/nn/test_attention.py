@@ -230,7 +230,7 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_all_its_layers() -> None:
     model = nn.ModuleDict({"other": Other(32, 2), "same": Same(256, 2)})
     plan = resolve(model, "w8a16")
     assert list(plan.modules) == ["same", "same.out_proj"]
-    assert plan.kept["other.out_proj.weight"].endswith("Other around it")
+    assert plan.kept["other.out_proj.weight"].endswith("Other around it, which reads its weight")
 
 
 def test_integer_biases_are_refused() -> None:

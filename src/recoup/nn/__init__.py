@@ -49,7 +49,6 @@ from recoup.nn.fits import (
     no_form,
     normed_weights,
     type_name,
-    unasked_layers,
 )
 from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
@@ -76,6 +75,7 @@ from recoup.nn.twin import (
     weight_names,
     weight_of,
 )
+from recoup.nn.unasked import unasked_layers
 
 __all__ = [
     "CODED_MODULES",

@@ -104,18 +104,6 @@ def _kernels_of_layers_are_off(name: str, module: nn.Module, within: list[str], 
         )
 
 
-def unasked_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers whose weights a module without a quantized form takes away from them, and that module.
-
-    As nn.MultiheadAttention does with `out_proj`, in a subclass with a forward of its own.
-    """
-    return {
-        f"{name}.out_proj".lstrip("."): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention) and quant_type(module) is None
-    }
-
-
 def kept_by_type(module: nn.Module, parameter: str) -> str:
     """Why the parameter of that name of a module without a quantized form stays in float."""
     name = type(module).__name__.lower()

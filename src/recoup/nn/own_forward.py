@@ -31,6 +31,9 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "transformers.models.ibert.quant_modules.QuantLinear": {"weight": "oi"},
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": {"weight": "soi"},
     "transformers.models.moshi.modeling_moshi.MoshiFlexibleLinear": {"weight": "soi"},
+    "transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru": {
+        "input_gate_weight": "sio", "recurrent_gate_weight": "sio",
+    },
     "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention": {
         "q": "ioo", "k": "ioo", "v": "ioo", "r": "ioo", "o": "oii",
     },

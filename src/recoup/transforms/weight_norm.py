@@ -1,7 +1,7 @@
 """A weight that is normalized becomes a weight: what is quantized is what is multiplied.
 
 w = g v / |v| (Salimans and Kingma 2016, eq. 2) is a way to train: g and v are Parameters, and w is none.
-Engines hold w, and rounding g and v would round it twice. So it is folded, as BatchNorm is, and not rounded as
+Engines hold w, and rounding g and v would round it twice. So it is folded, as BatchNorm is, not rounded as
 it is computed, which would leave two Parameters in `state_dict` for the codes of one.
 """
 
