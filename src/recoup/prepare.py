@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn import (
+    HEADS,
     QUANT_MODULES,
     Codes,
     FakeQuantizer,
@@ -32,6 +33,7 @@ from recoup.nn import (
     refuse_peft,
     routers,
     type_name,
+    unasked_layers,
     weight_names,
     weight_of,
 )
@@ -40,14 +42,11 @@ from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
 from recoup.schemes.parse import parse
 
 _log = logging.getLogger("recoup")
-# The last layer, by the names that libraries give it: most sensitive, and least worth quantizing.
-HEADS = frozenset(
-    {"lm_head", "head", "classifier", "score", "cls", "qa_outputs", "embed_out", "output_projection"}
-)
 # Modules without a quantized form may hold so much of the matrices that are not meant to stay in float.
 LEFT_OUT = 0.05
 _QUANTIZABLE = (
-    f"{', '.join(name.removeprefix('torch.') for name in QUANT_MODULES)}, with weights of their own"
+    f"{', '.join(name.removeprefix('torch.') for name in QUANT_MODULES)}, subclasses of linear layers and "
+    "convolutions, and layers of experts, with weights of their own"
 )
 
 
@@ -86,15 +85,16 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     schemes: dict[str, Scheme] = {}
     modules: dict[str, str] = {}
     kept: dict[str, str] = {}
-    tied, choosing = _tied(model), routers(model)
+    tied, choosing, unasked = _tied(model), routers(model), unasked_layers(model)
     for name, module in model.named_modules():
-        for parameter, _ in module.named_parameters(recurse=False):
+        for parameter, tensor in module.named_parameters(recurse=False):
             path = f"{name}.{parameter}".lstrip(".")
-            decision = _decide(name or parameter, module, recipe, tied, choosing)
+            decision = _decide(name or parameter, module, parameter, recipe, tied, choosing, unasked)
             if isinstance(decision, str):
                 kept[path] = decision
             elif parameter not in _leaves(module):
-                kept[path] = "bias"
+                is_bias = tensor.ndim < 2 or "bias" in parameter
+                kept[path] = "bias" if is_bias else kept_by_type(module, parameter)
             else:
                 check_shape(name, module, decision)
                 if schemes.setdefault(decision.name, decision) != decision:
@@ -218,7 +218,13 @@ def _outputs(model: nn.Module, recipe: Recipe) -> dict[str, QuantSpec]:
 
 
 def _decide(
-    name: str, module: nn.Module, recipe: Recipe, tied: dict[str, list[str]], choosing: set[str]
+    name: str,
+    module: nn.Module,
+    parameter: str,
+    recipe: Recipe,
+    tied: dict[str, list[str]],
+    choosing: set[str],
+    unasked: dict[str, str],
 ) -> Scheme | str:
     """The scheme of a module, or the reason why its parameters are kept."""
     kind = quant_type(module)
@@ -229,16 +235,19 @@ def _decide(
     if in_router and (kind is None or rule is None):
         return "router, kept unless a rule names it" if rule is None else f"router, and {no_form(module)}"
     if kind is None:
-        return kept_by_type(module)
-    if rule is not None and rule.scheme is not None:
-        return _with_ranges(rule.scheme, recipe)
-    if name in tied:
-        return f"tied to {tied[name][0]}"
-    if kind.inputs_are == "ids":
-        return "embedding, kept unless a rule names it"
-    if name.rpartition(".")[2] in HEADS:
-        return "head, kept unless a rule names it"
-    return _with_ranges(recipe.scheme, recipe)
+        return kept_by_type(module, parameter)
+    if rule is None:
+        if name in tied:
+            return f"tied to {tied[name][0]}"
+        if kind.inputs_are == "ids":
+            return "embedding, kept unless a rule names it"
+        if name.rpartition(".")[2] in HEADS:
+            return "head, kept unless a rule names it"
+        if kind.inputs_are == "unseen" and recipe.scheme.inputs is not None:
+            return f"{no_form(module)} with inputs"
+    if name in unasked:
+        return f"no quantized form of the {unasked[name]} around it, which reads its weight"
+    return _with_ranges(recipe.scheme if rule is None or rule.scheme is None else rule.scheme, recipe)
 
 
 def _with_ranges(scheme: Scheme, recipe: Recipe) -> Scheme:
@@ -277,7 +286,7 @@ def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
             kinds = sorted({type_name(owners[name]) for name in matched})
             raise ValueError(
                 f"rule {rule.match!r} matches only modules without a quantized form: {', '.join(kinds)}; "
-                f"there is one of exactly {_QUANTIZABLE}{_of_attention(model, matched[0])}"
+                f"there is one of {_QUANTIZABLE}"
             )
 
 
@@ -375,14 +384,8 @@ def _little_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:
         raise ValueError(
             f"{share:.0%} of the matrices would stay in float: {'; '.join(_first(named, 3))}. "
             f"Keep them knowingly with rules such as {{match: {module}, scheme: none}}; "
-            f"quantized can be exactly {_QUANTIZABLE}{_of_attention(model, module)}"
+            f"quantized can be {_QUANTIZABLE}"
         )
-
-
-def _of_attention(model: nn.Module, name: str) -> str:
-    """What to say of torch's attention, which hands its weights, that of `out_proj` too, to one function."""
-    attention = isinstance(_holder(model, name.removesuffix(".out_proj")), nn.MultiheadAttention)
-    return "; nn.MultiheadAttention asks none of its layers, so write it with four nn.Linear" * attention
 
 
 def _first(items: list[str], count: int) -> Iterator[str]:

@@ -190,23 +190,14 @@ def test_half_is_a_cast_too() -> None:
     assert not torch.equal(scale, scale.half().float())  # half would have moved it
 
 
-class Doubled(nn.Linear):
-    """Computes something else than its base."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(x)
-
-
-def test_a_subclass_of_linear_is_not_touched() -> None:
-    model = nn.ModuleDict(
-        {"mine": Doubled(32, 32), "plain": nn.Linear(32, 32), "attention": nn.MultiheadAttention(32, 2)}
-    )
-    mine, out = model["mine"], model["attention"].out_proj
-    plan = resolve(model, recipe("w4a16", ("mine", "none"), ("attention", "none")))
+def test_attention_that_a_rule_keeps_is_not_touched_nor_its_last_layer() -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(32, 32), "attention": nn.MultiheadAttention(32, 2)})
+    attention, out = model["attention"], model["attention"].out_proj
+    plan = resolve(model, recipe("w4a16", ("attention", "none")))
     prepare(model, plan)
     assert plan.modules == {"plain": "w4a16"}
-    assert model["mine"] is mine
-    assert model["attention"].out_proj is out
+    assert model["attention"] is attention
+    assert attention.out_proj is out
 
 
 def nan_weight(model: MLP) -> None:

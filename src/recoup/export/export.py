@@ -25,6 +25,8 @@ from recoup.nn import (
     CodedExperts,
     CodedGRU,
     CodedLSTM,
+    CodedMultiheadAttention,
+    CodedOwnForward,
     cache_quantizers,
     cut,
     is_coded,
@@ -197,10 +199,11 @@ def _written_weights(modules: Mapping[str, tuple[Scheme, type]], target: str) ->
     """Refuse modules with several weights that a target does not write.
 
     Raises:
-        ValueError: a layer of experts, an LSTM or a GRU is quantized.
+        ValueError: a module with several weights is quantized, or one with a forward of its own.
     """
     for path, (_, kind) in modules.items():
-        if kind in (CodedExperts, CodedLSTM, CodedGRU) and kind not in usable(target).several:
+        several = (CodedExperts, CodedLSTM, CodedGRU, CodedMultiheadAttention, CodedOwnForward)
+        if kind in several and kind not in usable(target).several:
             what = kind.__name__.removeprefix("Coded")
             raise ValueError(
                 f"{path}: {target} files do not hold quantized {what} yet; keep it in float with "

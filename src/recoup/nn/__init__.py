@@ -1,11 +1,12 @@
 """The modules that carry numbers: all their state is in `state_dict`.
 
-`fake_quantizer.py` is one tensor, `modules.py`, `conv.py`, `experts.py` and `recurrent.py` the prepared
-modules (`twin.py` is what they have in common, `lora.py` an adapter inside of one,
-`batch_norm.py` a norm, `fits.py` what they refuse), `output.py` the output of any
-module, `coded.py` the converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is called.
+`fake_quantizer.py` is one tensor, `modules.py`, `conv.py`, `experts.py`, `recurrent.py`, `attention.py` and
+`own_forward.py` the prepared modules (`twin.py` is what they have in common, `lora.py` an adapter inside of
+one, `batch_norm.py` a norm, `fits.py` what they refuse), `output.py` the output of any module, `coded.py` the
+converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is called.
 """
 
+from recoup.nn.attention import QuantMultiheadAttention
 from recoup.nn.batch_norm import BatchNorm, attach, folded_norm, merge, norm_of, remember
 from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
 from recoup.nn.coded import (
@@ -26,6 +27,8 @@ from recoup.nn.coded import (
     CodedLinear,
     CodedLSTM,
     CodedModule,
+    CodedMultiheadAttention,
+    CodedOwnForward,
     Codes,
     is_coded,
 )
@@ -39,7 +42,15 @@ from recoup.nn.conv import (
 )
 from recoup.nn.experts import ExpertsOfLinears, QuantExperts, is_experts, routers
 from recoup.nn.fake_quantizer import FakeQuantizer, NonFiniteError, quantization_off
-from recoup.nn.fits import check_shape, check_surroundings, kept_by_type, no_form, type_name
+from recoup.nn.fits import (
+    HEADS,
+    check_shape,
+    check_surroundings,
+    kept_by_type,
+    no_form,
+    normed_weights,
+    type_name,
+)
 from recoup.nn.integer_bias import make_room, seen_bias
 from recoup.nn.kv_cache import cache_quantizers, caching, quantize_cache
 from recoup.nn.lora import LoRA, low_rank_of, refuse_peft
@@ -53,6 +64,7 @@ from recoup.nn.modules import (
     quant_type,
 )
 from recoup.nn.output import OUTPUT, output_quantizer_of, output_quantizers, quantize_output
+from recoup.nn.own_forward import LAYOUTS, QuantOwnForward
 from recoup.nn.recurrent import QuantGRU, QuantLSTM
 from recoup.nn.twin import (
     OneWeight,
@@ -64,9 +76,12 @@ from recoup.nn.twin import (
     weight_names,
     weight_of,
 )
+from recoup.nn.unasked import unasked_layers
 
 __all__ = [
     "CODED_MODULES",
+    "HEADS",
+    "LAYOUTS",
     "OUTPUT",
     "QUANT_MODULES",
     "Batch",
@@ -87,6 +102,8 @@ __all__ = [
     "CodedLSTM",
     "CodedLinear",
     "CodedModule",
+    "CodedMultiheadAttention",
+    "CodedOwnForward",
     "Codes",
     "ExpertsOfLinears",
     "FakeQuantizer",
@@ -107,6 +124,8 @@ __all__ = [
     "QuantLSTM",
     "QuantLinear",
     "QuantModule",
+    "QuantMultiheadAttention",
+    "QuantOwnForward",
     "SeveralWeights",
     "Weight",
     "attach",
@@ -130,6 +149,7 @@ __all__ = [
     "moved",
     "no_form",
     "norm_of",
+    "normed_weights",
     "output_quantizer_of",
     "output_quantizers",
     "quant_type",
@@ -143,6 +163,7 @@ __all__ = [
     "seen_bias",
     "size_of",
     "type_name",
+    "unasked_layers",
     "weight_names",
     "weight_of",
     "without_labels",

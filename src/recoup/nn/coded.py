@@ -4,12 +4,14 @@ Codes lie one to a byte, in the shape of the weight's 2-D view; packing them is 
 """
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, ClassVar, Protocol, Self, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recoup.nn.attention import Attention, QuantMultiheadAttention
 from recoup.nn.conv import (
     QuantConv1d,
     QuantConv2d,
@@ -23,6 +25,7 @@ from recoup.nn.experts import Experts, QuantExperts
 from recoup.nn.fake_quantizer import FakeQuantizer, LatticeState
 from recoup.nn.integer_bias import coded_bias
 from recoup.nn.modules import QuantConv1D, QuantEmbedding, QuantEmbeddingBag, QuantLinear
+from recoup.nn.own_forward import OwnForward, QuantOwnForward
 from recoup.nn.recurrent import QuantGRU, QuantLSTM, QuantRecurrent, Rounded
 from recoup.nn.twin import QuantModule, quantizers_of, weight_of
 from recoup.numerics import QParams, QuantSpec, dequantize, quantize
@@ -305,6 +308,32 @@ class CodedGRU(CodedRecurrent, nn.GRU):
     """nn.GRU's equations with decode(codes)."""
 
 
+class CodedMultiheadAttention(Attention):
+    """The equation with decode(codes)."""
+
+    def __init__(self, prepared: QuantMultiheadAttention) -> None:
+        nn.Module.__init__(self)
+        _take_over(self, prepared)
+
+    def rounded(self, name: str) -> Tensor:
+        """The decoded weight."""
+        codes: Codes = getattr(self, name)
+        return codes.decode()
+
+
+class CodedOwnForward(OwnForward):
+    """The float module's forward with decode(codes)."""
+
+    def __init__(self, prepared: QuantOwnForward) -> None:
+        nn.Module.__init__(self)
+        _take_over(self, prepared)
+
+    def rounded(self, name: str) -> Tensor:
+        """The decoded 2-D view."""
+        codes: Codes = getattr(self, name)
+        return codes.decode()
+
+
 CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantLinear: CodedLinear,
     QuantConv1d: CodedConv1d,
@@ -319,6 +348,8 @@ CODED_MODULES: dict[type[nn.Module], Any] = {
     QuantExperts: CodedExperts,
     QuantLSTM: CodedLSTM,
     QuantGRU: CodedGRU,
+    QuantMultiheadAttention: CodedMultiheadAttention,
+    QuantOwnForward: CodedOwnForward,
 }
 
 
@@ -334,9 +365,11 @@ def _take_over(coded: nn.Module, prepared: nn.Module) -> None:
     for name, child in prepared.named_children():
         if child not in weights.values():
             coded.add_module(name, child)
-    for name, parameter in prepared.named_parameters(recurse=False):
+    for name, parameter in vars(prepared)["_parameters"].items():  # those that are None, too
         if name not in weights:
             coded.register_parameter(name, parameter)
+    for held in ("_buffers", "_non_persistent_buffers_set"):
+        vars(coded)[held] = copy(vars(prepared)[held])
     for name in weights:
         coded.add_module(name, Codes.of(cast(QuantModule, prepared), name))
 

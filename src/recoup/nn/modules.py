@@ -11,6 +11,7 @@ from typing import ClassVar, Self, TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recoup.nn.attention import QuantMultiheadAttention
 from recoup.nn.batch_norm import BatchNorm, folded, norm_of
 from recoup.nn.conv import (
     QuantConv1d,
@@ -25,6 +26,7 @@ from recoup.nn.fake_quantizer import FakeQuantizer
 from recoup.nn.fused import fused_linear, fuses
 from recoup.nn.integer_bias import seen_bias
 from recoup.nn.lora import LoRA, low_rank_of
+from recoup.nn.own_forward import QuantOwnForward, layout_of
 from recoup.nn.recurrent import QuantGRU, QuantLSTM
 from recoup.nn.twin import (
     Inputs,
@@ -232,9 +234,16 @@ QUANT_MODULES: dict[str, type[QuantModule]] = {
     "torch.nn.EmbeddingBag": QuantEmbeddingBag,
     "torch.nn.LSTM": QuantLSTM,
     "torch.nn.GRU": QuantGRU,
+    "torch.nn.MultiheadAttention": QuantMultiheadAttention,
     "transformers.pytorch_utils.Conv1D": QuantConv1D,
     "transformers.models.falcon.modeling_falcon.FalconLinear": QuantLinear,  # W x + b, too
 }
+
+
+# What a subclass may not replace, to compute as its parent does.
+_COMPUTING = frozenset(
+    {"forward", "_conv_forward", "_output_padding", "__call__", "_call_impl", "__getattr__", "weight", "bias"}
+)
 
 
 def is_prepared(module: nn.Module) -> TypeGuard[QuantModule]:
@@ -242,21 +251,38 @@ def is_prepared(module: nn.Module) -> TypeGuard[QuantModule]:
 
     Not isinstance of the protocol: from Python 3.12 on that does not see Parameters.
     """
-    return type(module) in (*QUANT_MODULES.values(), QuantExperts)
+    return type(module) in (*QUANT_MODULES.values(), QuantExperts, QuantOwnForward)
 
 
 def quant_type(module: nn.Module) -> type[QuantModule] | None:
-    """The twin's type for exactly this type of module, with a weight of its own.
+    """The twin's type for this type of module, with weights of its own.
 
-    Subclasses are excluded: they may compute anything. So are weights that are computed from other
-    parameters, as by weight_norm and pruning. Layers of experts have a type for each model, and are known by
-    the decorator that computes all of them.
+    A subclass that computes as its parent does has the parent's twin. One with a forward of its own may
+    compute anything, and its twin runs that. Weights that are computed from other parameters, as by
+    weight_norm and pruning, have none. Layers of experts have a type for each model, and are known by the
+    decorator that computes all of them.
     """
-    for name, twin in QUANT_MODULES.items():
-        package, _, attribute = name.rpartition(".")
-        if type(module) is getattr(sys.modules.get(package), attribute, None):
-            own = (
-                isinstance(getattr(module, leaf, None), nn.Parameter) for leaf in weight_names(twin, module)
-            )
-            return twin if all(own) else None
-    return QuantExperts if is_experts(module) else None
+    kind = type(module)
+    twin = next((twin for name, twin in QUANT_MODULES.items() if _computes_as(name, twin, kind)), None)
+    if twin is None:
+        if is_experts(module):
+            return QuantExperts
+        if is_prepared(module) or not layout_of(module):
+            return None
+        twin = QuantOwnForward
+    weights = (getattr(module, name, None) for name in weight_names(twin, module))
+    return twin if all(isinstance(w, nn.Parameter) and w.is_floating_point() for w in weights) else None
+
+
+def _computes_as(name: str, twin: type[QuantModule], kind: type[nn.Module]) -> bool:
+    """Is this the type of that name, or one that replaces nothing of how it computes?"""
+    package, _, attribute = name.rpartition(".")
+    known = getattr(sys.modules.get(package), attribute, None)
+    if known is None or kind is known:
+        return known is not None
+    between = kind.__mro__[: kind.__mro__.index(known)] if issubclass(kind, known) else ()
+    return (
+        bool(between)
+        and twin.inputs_are in ("tokens", "channels")
+        and not any(_COMPUTING.intersection(vars(parent)) for parent in between)
+    )

@@ -17,8 +17,9 @@ from recoup.schemes import Scheme
 Module = TypeVar("Module", bound=nn.Module)
 # "ids" are no numbers; "tokens" are (..., features), with a scale for each token or group of features where
 # a scheme says so; "channels" are (N, C, ...), summed over channels and places at once, with one scale;
-# "routed" are tokens of which every expert sees its own; "steps" are joined by a state that stays in float.
-Inputs = Literal["ids", "tokens", "channels", "routed", "steps"]
+# "routed" are tokens of which every expert sees its own; "steps" are joined by a state that stays in float;
+# "unseen" are made of the module's arguments by a forward of its own.
+Inputs = Literal["ids", "tokens", "channels", "routed", "steps", "unseen"]
 
 
 @dataclass(frozen=True, kw_only=True)

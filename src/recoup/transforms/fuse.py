@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recoup.nn import Batch, call, device_of, evaluating, moved, quant_type, remember, weight_of
+from recoup.transforms.weight_norm import fold_weight_norm
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed | nn.Linear
@@ -63,6 +64,7 @@ def fuse(model: nn.Module, example: Batch) -> nn.Module:
     the two runs once. It becomes an nn.Identity; the layer keeps its weight as the same Parameter,
     gets a bias if it had none, and remembers what the norm was, for `add_batch_norm`. Every other norm stays,
     and all do where the model returns no tensors to compare. A model without BatchNorm is not even run.
+    Weight norm is folded before, as by `fold_weight_norm`.
     Never changes what the model computes in evaluation, nor which modules are in training mode.
 
     Args:
@@ -77,6 +79,7 @@ def fuse(model: nn.Module, example: Batch) -> nn.Module:
     >>> fuse(model, torch.zeros(1, 3, 8, 8))[1], model[0].bias is None
     (Identity(), False)
     """
+    fold_weight_norm(model)
     if not any(type(module) in _NORMS for module in model.modules()):
         return model
     example = moved(example, device_of(model))
