@@ -34,7 +34,7 @@ from recoup import Plan, Recipe, calibrate, convert, explain, param_groups, prep
 from recoup.nn import FakeQuantizer, cache_quantizers, quantization_off
 from recoup.numerics import Ranges
 from recoup.schemes.presets import KV_PRESETS
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train.activations import activations_recomputed
 
 WORDS = 16

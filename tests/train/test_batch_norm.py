@@ -19,7 +19,7 @@ from recoup.nn import folded_norm, is_coded, is_prepared, norm_of
 from recoup.numerics import E8M0, per_channel, per_group, per_tensor
 from recoup.schemes import PRESETS, Scheme
 from recoup.schemes.parse import parse
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train.batch_norm import reestimate
 from recoup.train.fingerprint import fingerprint
 from recoup.transforms import fuse

@@ -15,7 +15,7 @@ from recoup import Recipe, add_lora, calibrate, convert, merge_lora, param_group
 from recoup.calibrate import gptq
 from recoup.nn import Batch, Codes, LoRA
 from recoup.nn.kept_weight import kept_weight
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train import NonFiniteLossError
 from recoup.train.fingerprint import fingerprint
 from tests.models import MLP, Residual, Tied, features, gpt2, ids, images, llama, recipe, run, same

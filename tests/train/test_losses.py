@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recoup.schemes.recipe import LOSSES as NAMES
+from recoup.schemes.training import LOSSES as NAMES
 from recoup.train import LOSSES
 from recoup.train.losses import build_loss, needs_teacher
 

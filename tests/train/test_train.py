@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recoup import calibrate, param_groups, prepare, ptq, resolve, train
 from recoup.nn import FakeQuantizer, quantization_off
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train import NonFiniteLossError, check_scales_are_trained, float_copy, warmup_cosine
 from tests.models import recipe
 

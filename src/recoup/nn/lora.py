@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recoup.numerics import LowRank
-from recoup.schemes.recipe import LoraSettings
+from recoup.schemes.training import LoraSettings
 
 
 class LoRA(nn.Module):

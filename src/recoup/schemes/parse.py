@@ -6,7 +6,7 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from recoup.numerics import ElementFormat, PowerOfTwo
@@ -14,6 +14,12 @@ from recoup.numerics import ElementFormat, PowerOfTwo
 Model = TypeVar("Model", bound=BaseModel)
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, and of a dataclass
 _FORMATS = {kind.__name__ for kind in (*get_args(ElementFormat), PowerOfTwo)}  # as pydantic calls a choice
+
+
+class Section(BaseModel):
+    """What every section of a recipe is: frozen, finite, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 def parse(model: type[Model], data: Any, where: str) -> Model:

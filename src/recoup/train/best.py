@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recoup.nn import Batch
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train.objective import Objective
 from recoup.train.snapshot import load_state_of, moving_state_of
 

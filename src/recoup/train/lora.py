@@ -20,7 +20,7 @@ from recoup.nn import (
     refuse_peft,
 )
 from recoup.schemes.parse import parse
-from recoup.schemes.recipe import LoraSettings, TrainSettings
+from recoup.schemes.training import LoraSettings, TrainSettings
 
 ALL_LINEAR = "all-linear"
 Linear = QuantLinear | QuantConv1D

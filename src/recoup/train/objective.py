@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recoup.nn import Batch, NonFiniteError, call, moved
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train.losses import build_loss
 from recoup.train.teacher import Teacher
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from recoup.nn import Batch, FakeQuantizer, call, evaluating, moved
 from recoup.progress import progress
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train.fingerprint import fingerprint
 from recoup.train.losses import logits_of
 from recoup.train.snapshot import DamagedError, clear_unfinished, read_snapshot, write_snapshot

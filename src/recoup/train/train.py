@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recoup.nn import Batch, NonFiniteError, device_of, evaluating, moved, quantization_off
 from recoup.progress import progress
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train.activations import activations_recomputed
 from recoup.train.batch_norm import kept_norms, normed, reestimate
 from recoup.train.best import Best

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from recoup.nn import Batch, FakeQuantizer, call, device_of, evaluating, moved, refuse_peft
-from recoup.schemes.recipe import TrainSettings
+from recoup.schemes.training import TrainSettings
 from recoup.train.activations import check_layers
 from recoup.train.losses import build_loss, names_of
 from recoup.train.snapshot import check_state
