@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import recoup
 from recoup.calibrate import calibrate, gptq
+from recoup.calibrate.gptq import _order
 from recoup.numerics import IntFormat, QuantSpec, per_channel
 from recoup.schemes import PRESETS, Scheme
 from tests.models import MODELS, Row, built, name_of, recipe, run
@@ -181,15 +182,18 @@ def test_a_layer_that_runs_twice_stays_and_one_called_by_name_does_not() -> None
 
 @pytest.mark.parametrize("name", ["w2a16", "w4a16", "q4_1", "nvfp4a16", "w8a8"])
 @torch.no_grad()
-def test_scales_are_those_of_the_least_error_weighted_by_inputs(name: str) -> None:
-    model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(64, 128) * torch.logspace(-1, 1, 128)
+def test_the_first_groups_scales_are_those_of_the_least_error_weighted_by_inputs(name: str) -> None:
+    first = slice(32, 64)  # where inputs weigh most
+    importance = torch.logspace(-1, 1, 128)
+    importance[first] += 100
+    model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(64, 128) * importance
     model[0].weight[0, 0] = 50.0  # so that a global scale is far from that of every other block
     calibrate(recoup.prepare(model, recoup.resolve(model, name)), [x], observer="mse")
     quantizer, weight = model[0].weight_quantizer, model[0].weight.clone()
     before = {key: state.clone() for key, state in quantizer.state_dict().items()}
 
     def lost() -> Tensor:
-        return ((quantizer(weight) - weight).square() * x.square().sum(0)).sum()
+        return ((quantizer(weight) - weight).square() * x.square().sum(0))[:, first].sum()
 
     of_equal_weights = lost()
     gptq(model, [x])
@@ -198,13 +202,14 @@ def test_scales_are_those_of_the_least_error_weighted_by_inputs(name: str) -> No
     assert moved <= {"scale", "offset"}
 
 
-def test_scales_of_a_rule_that_searches_stay_as_calibrated() -> None:
-    model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(64, 128)
-    calibrate(recoup.prepare(model, recoup.resolve(model, "nvfp4-4over6")), [x])
-    before = {key: state.clone() for key, state in model.state_dict().items()}
-    gptq(model, [x])
-    moved = {key for key, state in model.state_dict().items() if not torch.equal(state, before[key])}
-    assert moved == {"0.weight"}
+@pytest.mark.parametrize("size", [1, 4, 12])
+def test_columns_of_a_group_are_rounded_together_the_most_important_first(size: int) -> None:
+    importance = torch.rand(12)
+    order = _order(importance, size).view(-1, size)
+    assert sorted(order.flatten().tolist()) == list(range(12))
+    assert all(len(set(group)) == 1 for group in (order // size).tolist())
+    assert (importance[order].diff(dim=1) <= 0).all()
+    assert (importance[order].sum(dim=1).diff() <= 0).all()
 
 
 def _of(scheme: str) -> tuple[nn.Module, list[Tensor]]:

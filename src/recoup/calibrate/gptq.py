@@ -4,8 +4,7 @@ For a layer y = Q(x) W^T the loss of a change dW is tr(dW H dW^T), with H the su
 calibration data. Rounding column j by e_j, the best answer of the columns after it is
 -e_j U[j, j+1:] / U[j, j], where U is the upper Cholesky factor of H^-1 (Frantar et al. 2022,
 arXiv:2210.17323, algorithm 1). The columns with the largest inputs come first, while many others are left to
-make up for them; their scales are known by then, so the order is no part of the result ("static groups" in
-the authors' code).
+make up for them; those of a group together, so that its scale is chosen for what they are by then.
 
 The layers are taken as one forward pass over all the data reaches them, so that each sees the inputs that
 the quantized layers before it really give. An expert of a mixture sees the tokens that are routed to it, and
@@ -43,7 +42,7 @@ from recoup.nn import (
     size_of,
     without_labels,
 )
-from recoup.numerics import QParams, choose_qparams, extrema, fake_quantize, per_channel
+from recoup.numerics import QParams, choose_qparams, extrema, fake_quantize, per_channel, qparams_of
 from recoup.progress import progress
 
 _DAMPING = 0.01  # of the mean of H's diagonal; the paper's
@@ -55,7 +54,7 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     """Move linear layers' weights so that rounding costs their outputs less; in place, returns the model.
 
     Scales of weights are chosen anew, for the least error of a layer's output with its columns taken as
-    independent; a rule that searches by itself, and scales of inputs, stay as calibrated. Convolutions,
+    independent; those of inputs, and one for a whole tensor beside them, stay as calibrated. Convolutions,
     embeddings, LSTMs, GRUs, weights that several modules share, layers that a pass runs more than once and
     experts to which no token goes stay as they are. The float model is lost: copy a teacher before.
 
@@ -213,13 +212,13 @@ class _Loss(NamedTuple):
     """What an error of a weight costs.
 
     Args:
-        importance: of every column: the sum of squares of its inputs, the damped diagonal of H.
-        order: of columns, the most important first.
-        factor: U, for columns in this order.
+        order: the columns, group by group: the most important group first, and so in every group.
+        importance: of the columns in this order: the sums of squares of inputs, the damped diagonal of H.
+        factor: U, of the columns in this order.
     """
 
-    importance: Float[Tensor, " c"]
     order: Int[Tensor, " c"]
+    importance: Float[Tensor, " c"]
     factor: Float[Tensor, "c c"]
 
 
@@ -228,25 +227,35 @@ class _Losses:
 
     def __init__(self) -> None:
         self.x: Tensor | None = None
+        self.size = 0
         self.found: _Loss | None = None
 
-    def of(self, x: Float[Tensor, "n c"]) -> _Loss:
-        """From inputs, in float64; a feature that is always 0 changes nothing."""
-        if self.found is None or self.x is None or self.x.device != x.device or not torch.equal(x, self.x):
+    def of(self, x: Float[Tensor, "n c"], size: int) -> _Loss:
+        """From inputs, in float64, for groups of so many columns; a feature always 0 costs nothing."""
+        known = self.x is not None and self.x.device == x.device and torch.equal(x, self.x)
+        if self.found is None or not known or size != self.size:
             damped = (x.T @ x).double()
             diagonal = damped.diagonal()
             diagonal += _DAMPING * diagonal.mean() + (diagonal == 0)
-            order = diagonal.argsort(descending=True, stable=True)
+            order = _order(diagonal, size)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-            factor = torch.linalg.cholesky(inverse, upper=True).float()
-            self.x, self.found = x, _Loss(diagonal.float(), order, factor)
+            factor = torch.linalg.cholesky(inverse, upper=True)
+            self.x, self.size = x, size
+            self.found = _Loss(order, diagonal[order].float(), factor.float())
         return self.found
+
+
+def _order(importance: Float[Tensor, " c"], size: int) -> Int[Tensor, " c"]:
+    """Columns by falling importance, those of a group together."""
+    within = importance.view(-1, size).argsort(dim=1, descending=True, stable=True)
+    groups = importance.view(-1, size).sum(dim=1).argsort(descending=True, stable=True)
+    return (within + size * torch.arange(len(groups), device=within.device)[:, None])[groups].flatten()
 
 
 def _compensate(module: QuantLinear | QuantConv1D, inputs: Tensor, losses: _Losses) -> None:
     x = module.input_quantizer(inputs).reshape(-1, inputs.shape[-1]).float()
     weight = module.matrix(cast(Any, module))
-    weight.copy_(_compensated(weight.float(), losses.of(x), module.weight_quantizer))
+    weight.copy_(_compensated(weight.float(), x, module.weight_quantizer, losses))
 
 
 def _compensate_experts(
@@ -260,7 +269,7 @@ def _compensate_experts(
         for name, of_all in quantizers.items():
             weight, quantizer = module.matrix_of(name, expert), _of_expert(of_all, expert, module.num_experts)
             seen = getattr(module, f"{name}_input_quantizer")(x)
-            weight.copy_(_compensated(weight.float(), losses.of(seen.float()), quantizer))
+            weight.copy_(_compensated(weight.float(), seen.float(), quantizer, losses))
             if name != "down_proj":
                 x = module.inner(expert, seen, quantizer(weight))
 
@@ -277,35 +286,41 @@ def _of_expert(quantizer: FakeQuantizer, expert: int, experts: int) -> FakeQuant
     return found
 
 
-def _compensated(weight: Float[Tensor, "r c"], loss: _Loss, quantizer: FakeQuantizer) -> Float[Tensor, "r c"]:
+def _compensated(
+    weight: Float[Tensor, "r c"], x: Float[Tensor, "n c"], quantizer: FakeQuantizer, losses: _Losses
+) -> Float[Tensor, "r c"]:
     """The weight whose rounding is GPTQ's; sets the scales in the quantizer."""
-    _choose_scales(quantizer, weight, loss.importance)
-    column, (_, order, factor) = replace(quantizer.spec, granularity=per_channel, ranges="static"), loss
-    stored, size = quantizer.stored_qparams, quantizer.spec.granularity.columns or weight.shape[1]
-    weight, before_rounding, places = weight[:, order], torch.empty_like(weight), order.tolist()
-    for start in range(0, len(places), _LAZY):
-        block = slice(start, start + _LAZY)
-        group, rows = weight[:, block], factor[block, block]
-        errors = torch.empty_like(group)
-        for j in range(group.shape[1]):
-            place = places[start + j]
-            before_rounding[:, place] = group[:, j]
-            scale = _scale_of_rows(stored, len(weight), place // size)
-            rounded = fake_quantize(group[:, j : j + 1], scale, column)
-            errors[:, j] = (group[:, j] - rounded[:, 0]) / rows[j, j]
-            group[:, j + 1 :] -= torch.outer(errors[:, j], rows[j, j + 1 :])
-        weight[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return before_rounding
+    columns = weight.shape[1]
+    size = quantizer.spec.granularity.columns or columns
+    loss, column = losses.of(x, size), replace(quantizer.spec, granularity=per_channel, ranges="static")
+    weight, before_rounding = weight[:, loss.order], torch.empty_like(weight)
+    for group in (slice(start, start + size) for start in range(0, columns, size)):
+        index = int(loss.order[group.start]) // size
+        _choose_scale(quantizer, weight[:, group], loss.importance[group], index)
+        scale = _scale_of_rows(quantizer.stored_qparams, len(weight), index)
+        for start in range(group.start, group.stop, _LAZY):
+            block = slice(start, min(start + _LAZY, group.stop))
+            some, rows = weight[:, block], loss.factor[block, block]
+            errors = torch.empty_like(some)
+            for j in range(some.shape[1]):
+                before_rounding[:, start + j] = some[:, j]
+                rounded = fake_quantize(some[:, j : j + 1], scale, column)
+                errors[:, j] = (some[:, j] - rounded[:, 0]) / rows[j, j]
+                some[:, j + 1 :] -= torch.outer(errors[:, j], rows[j, j + 1 :])
+            weight[:, block.stop :] -= errors @ loss.factor[block, block.stop :]
+    return before_rounding[:, loss.order.argsort()]
 
 
-def _choose_scales(quantizer: FakeQuantizer, weight: Tensor, importance: Tensor) -> None:
-    """Those of the least squared error of what every block gives, its columns taken as independent."""
+def _choose_scale(quantizer: FakeQuantizer, group: Tensor, importance: Tensor, index: int) -> None:
+    """That of the least error in what a group gives, as the columns before it left it."""
     spec, global_scale = replace(quantizer.spec, ranges="static"), quantizer.global_scale
-    if spec.needs_values:  # such a rule chooses for itself
-        return
-    lo, hi = extrema(weight, spec.granularity)
-    share = best_share(weight, lo, hi, spec, global_scale, importance)
-    quantizer.keep(choose_qparams(share * lo, share * hi, spec, global_scale))
+    if spec.needs_values:
+        found = qparams_of(group, spec, global_scale)
+    else:
+        lo, hi = extrema(group, spec.granularity)
+        share = best_share(group, lo, hi, spec, global_scale, importance)
+        found = choose_qparams(share * lo, share * hi, spec, global_scale)
+    quantizer.keep(found, slice(index, index + 1))
 
 
 def _scale_of_rows(stored: QParams, rows: int, index: int) -> QParams:
