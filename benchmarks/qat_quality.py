@@ -37,8 +37,8 @@ LOOKS = {
 # The same for every format: the rungs gptq and qat of a recipe with these keys, on the training text alone.
 RECOUP = {
     "recipe": {"weight_ranges": "learned"},
-    "settings": {"loss": "task", "scale_learning_rate": 2e-4},
-    "gptq samples": 24,
+    "settings": {"loss": {"task": 0.5, "logits-kl": 0.5}, "scale_learning_rate": 2e-4},
+    "gptq samples": 80,
 }
 # glibc would hand the memory of every large tensor back to the kernel, and pay for its pages again.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}

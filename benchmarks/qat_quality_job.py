@@ -6,6 +6,7 @@ Tools differ in what they put into the model and in how they train it; text, ste
 measurement are the same.
 """
 
+import copy
 import json
 import math
 import sys
@@ -103,6 +104,7 @@ def with_recoup(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) ->
         evaluate_every=len(batches),
         **job["settings"],
     )
+    teacher = copy.deepcopy(model)
     recoup.prepare(model, recoup.resolve(model, recipe))
 
     def calibrate() -> None:
@@ -112,7 +114,7 @@ def with_recoup(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) ->
     return {
         "round-to-nearest": lambda: recoup.calibrate(model, samples),
         "gptq": calibrate,
-        "trained": lambda: recoup.train(model, samples, settings),
+        "trained": lambda: recoup.train(model, samples, settings, teacher=teacher),
     }
 
 

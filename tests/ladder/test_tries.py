@@ -95,6 +95,14 @@ def test_a_short_training_has_all_of_the_schedule() -> None:
     assert shortened(TrainSettings(steps=80), 8).freeze_ranges is None
 
 
+def test_norms_freeze_at_the_same_share_and_stay_frozen() -> None:
+    settings = TrainSettings(steps=80, batch_norm={"freeze": 40})
+    assert shortened(settings, 8).batch_norm == BatchNormSettings(freeze=4)
+    assert going_on(settings, ranges=True).batch_norm == BatchNormSettings(freeze=0)
+    moving = TrainSettings(steps=80, batch_norm={})
+    assert shortened(moving, 8).batch_norm == going_on(moving, ranges=True).batch_norm == BatchNormSettings()
+
+
 def test_the_rate_of_scales_keeps_its_ratio() -> None:
     settings = TrainSettings(learning_rate=1e-3, scale_learning_rate=5e-4, budget=9.0)
     other = at_rate(settings, 1e-2)

@@ -80,12 +80,16 @@ def shortened(settings: TrainSettings, steps: int) -> TrainSettings:
         return number * steps // settings.steps
 
     frozen = None if settings.freeze_ranges is None else share(settings.freeze_ranges)
+    norms = settings.batch_norm
+    if norms is not None and norms.freeze is not None:
+        norms = norms.model_copy(update={"freeze": share(norms.freeze)})
     return settings.model_copy(
         update={
             "steps": steps,
             "warmup": share(settings.warmup),
             "start_step": share(settings.start_step),
             "freeze_ranges": frozen,
+            "batch_norm": norms,
             "evaluate_every": steps,
             "early_stop": None,
         }
@@ -93,9 +97,12 @@ def shortened(settings: TrainSettings, steps: int) -> TrainSettings:
 
 
 def going_on(settings: TrainSettings, *, ranges: bool) -> TrainSettings:
-    """The same training from where one ended: quantization is on at once; so are ranges where they train."""
+    """The same training from where one ended: what was frozen by then stays so, but for fresh ranges."""
     frozen = settings.freeze_ranges if ranges or settings.freeze_ranges is None else 0
-    return settings.model_copy(update={"start_step": 0, "freeze_ranges": frozen})
+    norms = settings.batch_norm
+    if norms is not None and norms.freeze is not None:
+        norms = norms.model_copy(update={"freeze": 0})
+    return settings.model_copy(update={"start_step": 0, "freeze_ranges": frozen, "batch_norm": norms})
 
 
 def lowest(curve: Sequence[Mapping[str, float]]) -> float:
