@@ -21,6 +21,7 @@ from recoup.ladder.tries import (
     spent,
     successive_halving,
 )
+from recoup.schemes.training import BatchNormSettings
 from recoup.validate.tries import Try
 
 LOSSES = st.lists(st.floats(0, 100), min_size=1, max_size=20)
