@@ -104,7 +104,7 @@ def factor_of(norm: BatchNorm) -> Tensor:
 
 
 def folded(module: nn.Module, weight: Tensor) -> Tensor:
-    """K W; W itself without a norm.
+    """The weight times k; the weight itself without a norm.
 
     Args:
         module: the layer.
@@ -115,7 +115,7 @@ def folded(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def folded_bias(module: Any) -> Tensor | None:
-    """K b + (beta - k mean); b itself without a norm."""
+    """The bias of evaluation, k b + (beta - k mean); b itself without a norm."""
     norm, bias = norm_of(module), module.bias
     if norm is None:
         return bias
