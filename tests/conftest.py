@@ -1,7 +1,8 @@
-"""What every test has: types and shapes checked at run time, one thread, a fixed seed.
+"""What every test has: one thread, a fixed seed; and those of numerics, types and shapes checked at run time.
 
 The import hook has to be in place before `recoup` is imported, so it is here and not in a fixture. It is
-never installed outside of the tests. It covers the one room whose functions carry shapes throughout: it
+never installed outside of the tests. It is off in those of other rooms, which call numerics as its own tests
+do, and would take half as long again. It covers the one room whose functions carry shapes throughout: it
 decorates method by method, which beartype refuses for a method that returns `typing.Self`, and Dynamo cannot
 trace what it wraps, so a test of `torch.compile(fullgraph=True)` runs in a process of its own.
 """
@@ -16,9 +17,14 @@ import torch
 
 jaxtyping.install_import_hook("recoup.numerics", "beartype.beartype")
 torch.set_num_threads(1)  # pytest-xdist is what runs in parallel
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = (
-    "1"  # in the processes of tests; a pool of compilers begins slowly
-)
+# No pool of compilers, which begins slowly, and no trial of what the processor says that it has.
+os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+
+
+@pytest.fixture(autouse=True)
+def types(request: pytest.FixtureRequest) -> None:
+    """Of numerics are checked in its own tests."""
+    jaxtyping.config.update("jaxtyping_disable", "numerics" not in request.path.parts)
 
 
 @pytest.fixture(autouse=True)

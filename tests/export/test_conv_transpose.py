@@ -53,8 +53,10 @@ def batch(samples: int) -> dict[str, Tensor]:
     return {name: torch.randn(samples, CHANNELS, *shape) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("target", ["onnx", "onnx-qdq", "pytorch"])
+@pytest.mark.parametrize(
+    ("target", "scheme"),
+    [*(("onnx", scheme) for scheme in SCHEMES), ("onnx-qdq", "w8a8-static"), ("pytorch", "w8a8-ort")],
+)
 @torch.no_grad()
 def test_the_engine_computes_what_was_trained(target: str, scheme: str, tmp_path: Path) -> None:
     model, example = Layers().eval(), batch(2)
