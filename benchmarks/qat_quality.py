@@ -54,7 +54,9 @@ def main() -> None:
     asked = parser.parse_args()
 
     model, tokens = prepare(SCRATCH, asked.steps)
-    pythons = {"recoup": sys.executable, "float": sys.executable, "torchao": python_of("torchao")}
+    pythons = {"recoup": sys.executable, "float": sys.executable}
+    if "torchao" in asked.tools:
+        pythons["torchao"] = python_of("torchao")
     jobs: dict[str, tuple[str, Job]] = {}
     for tool, format_ in [("float", "float32"), *((t, f) for f in asked.formats for t in asked.tools)]:
         name = f"{tool} {format_}, {asked.steps} steps, learning rate {asked.learning_rate:g}"
