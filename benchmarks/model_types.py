@@ -3,10 +3,10 @@
 Models are built from their default configs on the meta device: no download, no memory.
 """
 
-import sys
+import argparse
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 import recoup
 from recoup.nn import type_name
 from recoup.numerics import per_channel
+from recoup.progress import progress
 from recoup.schemes import PRESETS
 from recoup.transforms import fold_weight_norm
 
@@ -75,9 +76,9 @@ def looked_at(model: nn.Module) -> Found:
     return Found(share=quantized / max(1, quantized + left.total()), left=left)
 
 
-def survey() -> Iterator[tuple[str, Found]]:
-    """Every type that transformers names."""
-    for kind in sorted(CONFIG_MAPPING):
+def survey(kinds: Sequence[str]) -> Iterator[tuple[str, Found]]:
+    """Each of these types."""
+    for kind in kinds:
         try:
             model = built(CONFIG_MAPPING[kind]())
         except Exception as error:  # noqa: BLE001 (whatever a default config lacks)
@@ -86,14 +87,27 @@ def survey() -> Iterator[tuple[str, Found]]:
         yield kind, looked_at(fold_weight_norm(model))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("types", nargs="*", metavar="type", help="of models; all that transformers names")
+    parser.add_argument("--unbuilt", action="store_true", help="say why some default configs build no model")
+    asked = parser.parse_args()
     warnings.filterwarnings("ignore")
-    found = dict(survey())
+    kinds = asked.types or sorted(CONFIG_MAPPING)
+    found: dict[str, Found] = {}
+    with progress("looking at model types", len(kinds)) as advance:
+        for kind, row in survey(kinds):
+            found[kind] = row
+            advance(kind)
     models = {kind: row for kind, row in found.items() if not row.unbuilt}
     enough = sum(row.share >= ENOUGH for row in models.values())
     print(f"{len(found)} types, {len(models)} built from their default config, {enough} with {ENOUGH:.0%}")
     for kind, row in sorted(models.items(), key=lambda item: item[1].share):
         if row.share < ENOUGH:
             print(f"{kind}: {row.share:.1%}; {', '.join(name for name, _ in row.left.most_common(3))}")
-    if "--unbuilt" in sys.argv:
+    if asked.unbuilt:
         print(*(f"{kind}: {row.unbuilt}" for kind, row in found.items() if row.unbuilt), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
