@@ -64,12 +64,12 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
         recipe: or a scheme, or a scheme's name.
 
     Raises:
-        ValueError: a rule that matches nothing; a layer that its groups do not divide, or whose inputs
-            cannot have the scheme's; tied weights that are not quantized alike; too many parameters in
-            modules that have no quantized form, and no rule that keeps them; nothing to quantize; layers
-            of PEFT's; a name in
-            `outputs` that is no module's, or a scheme whose inputs have no numbers for them; a KV cache
-            that the model has not, or that cannot be reached.
+        ValueError: a rule that matches nothing, or gives a scheme to nothing that can have one; a layer that
+            its groups do not divide, or whose inputs cannot have the scheme's; tied weights that are not
+            quantized alike; too many parameters in modules that have no quantized form, and no rule that
+            keeps them; nothing to quantize; layers of PEFT's; a name in `outputs` that is no module's, or a
+            scheme whose inputs have no numbers for them; a KV cache that the model has not, or that cannot
+            be reached.
 
     >>> import torch
     >>> resolve(torch.nn.Sequential(torch.nn.Linear(32, 4)), "w4a16").modules
@@ -80,12 +80,12 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     refuse_peft(model)
     if any(isinstance(module, (FakeQuantizer, Codes)) for module in model.modules()):
         raise ValueError("the model is prepared already; resolve looks at the float model")
-    _every_rule_matches(model, recipe.rules)
+    tied, choosing, unasked = _tied(model), routers(model), unasked_layers(model)
+    _every_rule_matches(model, recipe.rules, unasked)
 
     schemes: dict[str, Scheme] = {}
     modules: dict[str, str] = {}
     kept: dict[str, str] = {}
-    tied, choosing, unasked = _tied(model), routers(model), unasked_layers(model)
     for name, module in model.named_modules():
         for parameter, tensor in module.named_parameters(recurse=False):
             path = f"{name}.{parameter}".lstrip(".")
@@ -266,7 +266,7 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
+def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...], unasked: dict[str, str]) -> None:
     owners = {
         name or parameter: module
         for name, module in model.named_modules()
@@ -276,12 +276,14 @@ def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...]) -> None:
         matched = [name for name in owners if _matches(rule, name)]
         if not matched:
             nearest = get_close_matches(rule.match, owners, n=3, cutoff=0.3)
-            hint = (
-                f"did you mean {', '.join(nearest)}?"
-                if nearest
-                else f"modules are named as {next(iter(owners), '')!r}"
-            )
+            named = f"modules are named as {next(iter(owners), '')!r}"
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else named
             raise ValueError(f"rule {rule.match!r} matches no module; {hint}")
+        if rule.scheme is not None and unasked.keys() >= set(matched):
+            raise ValueError(
+                f"rule {rule.match!r} matches only {', '.join(_first(matched, 3))}, whose weight the "
+                f"{unasked[matched[0]]} around it reads, so no quantizer would be asked; leave the rule out"
+            )
         if rule.scheme is not None and not any(quant_type(owners[name]) for name in matched):
             kinds = sorted({type_name(owners[name]) for name in matched})
             raise ValueError(

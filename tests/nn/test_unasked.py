@@ -80,6 +80,13 @@ def test_what_is_taken_stays_in_float_and_says_who_takes_it(build: type[nn.Modul
     assert type(prepare(model, plan)[0].taken) is nn.Linear
 
 
+def test_a_rule_that_asks_for_what_would_stay_in_float_is_an_error() -> None:
+    model = nn.Sequential(Around())
+    with pytest.raises(ValueError, match=r"only 0\.taken, whose weight the .*Around around it reads"):
+        resolve(model, recipe("w8a16", ("*.taken", "w4a16")))
+    assert resolve(model, recipe("w8a16", ("*.taken", "none"))).kept["0.taken.weight"] == "rule '*.taken'"
+
+
 def test_layers_further_inside_are_seen() -> None:
     plan = resolve(nn.Sequential(Deep()), "w8a16")
     assert set(plan.modules) == {"0.wide", "0.taken", "0.inner.wide"}

@@ -53,10 +53,11 @@ _LAZY = 128  # columns after which the others are brought up to date; the paper'
 def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = None) -> nn.Module:
     """Move linear layers' weights so that rounding costs their outputs less; in place, returns the model.
 
-    Scales of weights are chosen anew, for the least error of a layer's output with its columns taken as
-    independent; those of inputs, and one for a whole tensor beside them, stay as calibrated. Convolutions,
-    embeddings, LSTMs, GRUs, weights that several modules share, layers that a pass runs more than once and
-    experts to which no token goes stay as they are. The float model is lost: copy a teacher before.
+    Scales of groups are chosen anew, for the least error of a layer's output with its columns taken as
+    independent. Those of whole rows and tensors stay as calibrated, since siblings may share them and biases
+    have made room in them; so do those of inputs. Convolutions, embeddings, LSTMs, GRUs, weights that several
+    modules share, layers that a pass runs more than once and experts to which no token goes stay as they are.
+    The float model is lost: copy a teacher before.
 
     Args:
         model: prepared and calibrated.
@@ -289,14 +290,15 @@ def _of_expert(quantizer: FakeQuantizer, expert: int, experts: int) -> FakeQuant
 def _compensated(
     weight: Float[Tensor, "r c"], x: Float[Tensor, "n c"], quantizer: FakeQuantizer, losses: _Losses
 ) -> Float[Tensor, "r c"]:
-    """The weight whose rounding is GPTQ's; sets the scales in the quantizer."""
+    """The weight whose rounding is GPTQ's; sets the scales of groups in the quantizer."""
     columns = weight.shape[1]
     size = quantizer.spec.granularity.columns or columns
     loss, column = losses.of(x, size), replace(quantizer.spec, granularity=per_channel, ranges="static")
     weight, before_rounding = weight[:, loss.order], torch.empty_like(weight)
     for group in (slice(start, start + size) for start in range(0, columns, size)):
         index = int(loss.order[group.start]) // size
-        _choose_scale(quantizer, weight[:, group], loss.importance[group], index)
+        if quantizer.spec.granularity.columns is not None:
+            _choose_scale(quantizer, weight[:, group], loss.importance[group], index)
         scale = _scale_of_rows(quantizer.stored_qparams, len(weight), index)
         for start in range(group.start, group.stop, _LAZY):
             block = slice(start, min(start + _LAZY, group.stop))

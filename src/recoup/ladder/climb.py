@@ -59,9 +59,9 @@ class Climb:
         self.gates, self.before, self.evaluate = gates, before, evaluate
         self.calibration, self.train = calibration, train
         self.settle = target_named(recipe.export.target).settle
-        # GPTQ and training move the float weights: no student could follow what the model is after them.
         self.error = ""  # that ended the recipe's training
         self.retunes = recipe.train.budget is not None
+        # GPTQ and training move the float weights: no student could follow what the model is after them.
         self.teacher = float_copy(model) if self.retunes or {"gptq", "qat"} <= set(recipe.rungs) else None
         if run.state:  # without calibration, which leaves the example too
             model.recoup_example = without_labels(calibration[0])  # pyright: ignore[reportArgumentType]
