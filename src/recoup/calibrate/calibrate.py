@@ -1,6 +1,6 @@
 """Calibration: from data, without labels, to the ranges of every quantizer that needs them."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,6 +10,7 @@ from torch import nn
 
 from recoup.calibrate.observers import OBSERVERS, MinMax, Observer
 from recoup.nn import (
+    DEFAULT_SAMPLES,
     Batch,
     FakeQuantizer,
     call,
@@ -21,13 +22,12 @@ from recoup.nn import (
     quantization_off,
     quantizers_of,
     size_of,
+    take,
     weight_of,
     without_labels,
 )
 from recoup.numerics import QuantSpec, per_tensor
 from recoup.progress import watched
-
-DEFAULT_SAMPLES = 512
 
 
 @torch.no_grad()
@@ -126,13 +126,3 @@ def _watching(observers: dict[FakeQuantizer, Observer]) -> Generator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def take(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    """Batches until they hold `samples` samples; a larger last one is kept whole."""
-    found = 0
-    for batch in batches:
-        yield batch
-        found += size_of(batch)
-        if found >= samples:
-            return

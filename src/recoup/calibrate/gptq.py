@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recoup.calibrate.calibrate import DEFAULT_SAMPLES, take
 from recoup.calibrate.observers import best_share
 from recoup.nn import (
+    DEFAULT_SAMPLES,
     Batch,
     FakeQuantizer,
     QuantConv1D,
@@ -40,6 +40,7 @@ from recoup.nn import (
     norm_of,
     quantizers_of,
     size_of,
+    take,
     without_labels,
 )
 from recoup.numerics import QParams, choose_qparams, extrema, fake_quantize, per_channel, qparams_of

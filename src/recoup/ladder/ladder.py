@@ -33,11 +33,11 @@ from recoup.ladder.refusals import check_data, check_rungs
 from recoup.ladder.retune import Retuning
 from recoup.ladder.run_folder import PLAN, RunFolder, begun, outcome_of_part
 from recoup.ladder.standing import Part, rungs_of
-from recoup.nn import Batch, without_labels
+from recoup.nn import DEFAULT_SAMPLES, Batch, take, without_labels
 from recoup.prepare import prepare, resolve
 from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
-from recoup.transforms import fuse
+from recoup.transforms import fuse, smooth
 from recoup.validate import Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
 from recoup.validate.report import is_slower
 
@@ -61,7 +61,11 @@ def ptq(
     >>> model[0].scheme.name
     'w4a8'
     """
-    return calibrate(prepare(model, resolve(model, scheme)), batches, observer=observer)
+    plan = resolve(model, scheme)
+    if isinstance(scheme, Recipe) and scheme.smooth:
+        batches = list(take(batches, DEFAULT_SAMPLES))
+        smooth(model, plan, batches)
+    return calibrate(prepare(model, plan), batches, observer=observer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,9 @@ def recover(
         say(f"going on; measured already: {done}")
     before = _baseline(run, recipe, gates, model, evaluate, given, say)
     _write_float_file(run, target, model, example)
+    if recipe.smooth:
+        say("balancing channels")
+        smooth(model, plan, calibration, samples=recipe.calibration.samples)
     plain = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     standing, base = run.standing, plan
     plan = raised_plan(plain, recipe, standing.raised) if standing.raised else base

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from recoup.calibrate.calibrate import take
 from recoup.calibrate.gptq import check_batches, check_layers
-from recoup.nn import Batch, size_of
+from recoup.nn import Batch, size_of, take
 from recoup.prepare import prepare
 from recoup.schemes import Plan, Recipe
 from recoup.train import check_batch_norm, check_lora, check_scales, check_state, check_training

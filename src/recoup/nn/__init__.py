@@ -8,7 +8,18 @@ converted ones, `kv_cache.py` what attention keeps, `call.py` how a model is cal
 
 from recoup.nn.attention import QuantMultiheadAttention
 from recoup.nn.batch_norm import BatchNorm, attach, folded_norm, merge, norm_of, remember
-from recoup.nn.call import Batch, call, cut, device_of, evaluating, moved, size_of, without_labels
+from recoup.nn.call import (
+    DEFAULT_SAMPLES,
+    Batch,
+    call,
+    cut,
+    device_of,
+    evaluating,
+    moved,
+    size_of,
+    take,
+    without_labels,
+)
 from recoup.nn.coded import (
     CODED_MODULES,
     CodedConv,
@@ -80,6 +91,7 @@ from recoup.nn.unasked import unasked_layers
 
 __all__ = [
     "CODED_MODULES",
+    "DEFAULT_SAMPLES",
     "HEADS",
     "LAYOUTS",
     "OUTPUT",
@@ -162,6 +174,7 @@ __all__ = [
     "routers",
     "seen_bias",
     "size_of",
+    "take",
     "type_name",
     "unasked_layers",
     "weight_names",

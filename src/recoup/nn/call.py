@@ -1,6 +1,6 @@
 """How a model is called: with which batch, and in which mode."""
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
+DEFAULT_SAMPLES = 512  # that are looked at where nobody says how many
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -93,3 +94,13 @@ def cut(batch: Batch, samples: int) -> Batch:
     if isinstance(batch, Mapping):
         return {name: first(value) for name, value in batch.items()}
     return first(batch) if isinstance(batch, Tensor) else tuple(map(first, batch))
+
+
+def take(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """Batches until they hold `samples` samples; a larger last one is kept whole."""
+    found = 0
+    for batch in batches:
+        yield batch
+        found += size_of(batch)
+        if found >= samples:
+            return

@@ -182,6 +182,11 @@ class Recipe(Section):
         default=None,
         description="of keys and values in the KV cache: fp8, or a spec; none leaves them in float",
     )
+    smooth: bool = Field(
+        default=False,
+        description="sizes of channels are balanced between what makes them and what reads them, before "
+        "anything is quantized; the float model computes the same bits",
+    )
     impl: Choice = Field(
         default="auto",
         description="how fake quantization is computed: reference, fused, compiled, or auto; the same values",

@@ -89,7 +89,7 @@ def fuse(model: nn.Module, example: Batch) -> nn.Module:
         if not pairs:
             return model
         before = call(model, example)
-        if not any(True for _ in _tensors(before)):
+        if not any(True for _ in tensors_of(before)):
             return model
         with _shaken(pairs):
             allowed = 3 * _difference(before, call(model, example))  # 3 as in docs/decisions/0008
@@ -242,17 +242,18 @@ def _shaken(pairs: list[_Pair]) -> Generator[None]:
 
 def _difference(reference: Any, other: Any) -> float:
     """Of all tensors among the outputs: relative, root mean square."""
-    pairs = [(a.double(), b.double()) for a, b in zip(_tensors(reference), _tensors(other), strict=True)]
+    pairs = [(a.double(), b.double()) for a, b in zip(tensors_of(reference), tensors_of(other), strict=True)]
     squared = sum(float((a - b).square().sum()) for a, b in pairs)
     return (squared / max(sum(float(a.square().sum()) for a, _ in pairs), 1e-300)) ** 0.5
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """All that a model returns, whatever holds them."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (Mapping, list, tuple)):
         for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif is_dataclass(output):
         for field in fields(output):
-            yield from _tensors(getattr(output, field.name))
+            yield from tensors_of(getattr(output, field.name))
