@@ -40,7 +40,7 @@ class Run:
         self.unseen, self.seen = batches(4, 64), batches(12)
         gate = {"metric": "accuracy", "max_decrease": "1.5%", "interval": "none"}
         train = {"steps": 6, "learning_rate": 2e-3, "evaluate_every": 2, "checkpoint_every": 3}
-        self.recipe = recipe("w2a8", gates=[gate], train=train, weight_ranges="learned")
+        self.recipe = recipe("w2a8", gates=[gate], train=train, weight_ranges="learned", smooth=True)
 
     def evaluate(self, model: nn.Module) -> Samples:
         """Right or wrong, sample by sample."""

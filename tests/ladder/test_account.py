@@ -18,4 +18,4 @@ from recoup.ladder.account import notes_of
 def test_a_report_says_what_stays_in_float(rules: tuple[object, ...], note: str) -> None:
     model = nn.Sequential(*(nn.Linear(96, 96, bias=False) for _ in range(3)))
     plan = resolve(model, Recipe.model_validate({"scheme": "w8a8", "rules": rules}))
-    assert notes_of(explain(model, plan), None, None)[1] == note
+    assert notes_of(explain(model, plan), None, None, smoothed=False)[1] == note

@@ -400,6 +400,17 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("quick")
+def test_channels_are_balanced_after_the_baseline(model: Classifier, tmp_path: Path) -> None:
+    model.up.weight.data[3] *= 64  # a ReLU hands it on
+    before, said = model.up.weight.detach().clone(), list[str]()
+    evaluate = scripted(100, 99, 99)
+    result = climbed(model, tmp_path / "run", evaluate, recipe(smooth=True), say=said.append)
+    assert said[1:4] == ["float: accuracy 1", "balancing channels", "rung rtn"]
+    assert torch.equal(result.model.get_parameter("up.weight")[3], before[3] / 8)
+    assert "The sizes of channels were balanced before anything was quantized." in result.record.notes
+
+
 def test_ptq_is_resolve_prepare_calibrate() -> None:
     data = batches(3)
     model, other = Classifier(), Classifier()

@@ -13,13 +13,16 @@ from recoup.validate import Cost, Report
 from recoup.validate.tries import Retuned
 
 
-def notes_of(account: Explanation, costs: tuple[Cost, Cost] | None, slow: str | None) -> list[str]:
+def notes_of(
+    account: Explanation, costs: tuple[Cost, Cost] | None, slow: str | None, *, smoothed: bool
+) -> list[str]:
     """What a reader should know beside the figures.
 
     Args:
         account: of every parameter.
         costs: of both files; None where nothing was exported.
         slow: what is to be said where the exported one is slower.
+        smoothed: channels were balanced.
     """
     kept: dict[str, int] = defaultdict(int)
     for row in account.rows:
@@ -32,6 +35,8 @@ def notes_of(account: Explanation, costs: tuple[Cost, Cost] | None, slow: str | 
         f"{account.bytes_after / 1e6:.1f} MB in the formats of the plan, scales included.",
         f"In float stay: {', '.join(stay)}." if stay else "Nothing stays in float.",
     ]
+    if smoothed:
+        notes.append("The sizes of channels were balanced before anything was quantized.")
     if costs is None:
         notes.append("Nothing was exported, because no rung kept the quality.")
     if slow is not None:

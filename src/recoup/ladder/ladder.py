@@ -333,7 +333,10 @@ def _report(
         symptoms=standing.symptoms,
         layer_errors=standing.errors,
         notes=notes_of(
-            account, standing.costs, advice(recipe.export.target, standing.costs, standing.others)
+            account,
+            standing.costs,
+            advice(recipe.export.target, standing.costs, standing.others),
+            smoothed=recipe.smooth,
         ),
         facts=facts,
         retuned=retuned(standing, recipe, more),
