@@ -33,7 +33,7 @@ def by_elimination(weight: np.ndarray, x: np.ndarray, scale: np.ndarray, lo: int
     Frantar et al. 2022 (arXiv:2210.17323), equations 2 and 3, with the damping of section 3.3.
     """
     hessian = x.T @ x
-    hessian += 0.01 * np.diag(hessian).mean() * np.eye(len(hessian))
+    hessian += 0.1 * np.diag(hessian).mean() * np.eye(len(hessian))
     inverse, weight = np.linalg.inv(hessian), weight.copy()
     codes = np.empty_like(weight)
     for j in np.argsort(-np.square(x).sum(axis=0)):
