@@ -96,6 +96,9 @@ class TrainSettings(Section):
             the end.
         dampening: the weight of a penalty on |Q(w) - clip(w)|^2 of every quantized weight, which holds back
             those that oscillate between two codes; it rises from 0 on half a cosine.
+        rounding: of weights where gradients are made. "stochastic" draws one of a weight's two neighbouring
+            codes for a step, the nearer one more often (Gupta et al. 2015, arXiv:1502.02551);
+            whatever is evaluated or ships has the nearest.
         clip_norm: gradients are scaled down to this norm.
         accumulate: batches per optimizer step.
         precision: "bf16" is autocast; the master weights are float32 either way.
@@ -129,6 +132,7 @@ class TrainSettings(Section):
     start_step: int = Field(default=0, ge=0)
     freeze_ranges: int | None = Field(default=None, ge=0)
     dampening: float = Field(default=0.0, ge=0)
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     clip_norm: float = Field(default=1.0, gt=0)
     accumulate: int = Field(default=1, ge=1)
     precision: Literal["float32", "bf16"] = "float32"
@@ -153,6 +157,16 @@ class TrainSettings(Section):
             raise ValueError(
                 f"dampening {self.dampening} asked; it pulls weights, and adapters or scales alone train "
                 "none: set it to 0"
+            )
+        if self.rounding == "stochastic" and self.parameters == "scales":
+            raise ValueError(
+                "rounding: stochastic and parameters: scales asked; codes are drawn where weights train, and "
+                "scales alone train none: leave one out"
+            )
+        if self.rounding == "stochastic" and self.dampening:
+            raise ValueError(
+                f"rounding: stochastic and dampening {self.dampening} asked; one has weights change codes, "
+                "and the other holds them back: leave one out"
             )
         if self.lora is not None and self.lora.dropout and "task" not in self.loss:
             raise ValueError(
