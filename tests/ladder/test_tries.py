@@ -113,9 +113,10 @@ def test_the_rate_of_scales_keeps_its_ratio() -> None:
 
 
 def test_going_on_delays_nothing_again() -> None:
-    settings = TrainSettings(steps=80, start_step=10, freeze_ranges=60)
+    settings = TrainSettings(steps=80, start_step=10, freeze_ranges=60, progressive=(8, 4))
     found = [going_on(settings, ranges=ranges) for ranges in (True, False)]
     assert [(one.start_step, one.freeze_ranges) for one in found] == [(0, 60), (0, 0)]
+    assert [one.progressive for one in found] == [(), ()]
     assert going_on(TrainSettings(), ranges=False).freeze_ranges is None
 
 

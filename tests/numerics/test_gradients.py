@@ -22,6 +22,7 @@ from recoup.numerics import (
     IntFormat,
     QParams,
     QuantSpec,
+    drawn,
     fake_quantize,
     per_block,
     per_channel,
@@ -91,8 +92,11 @@ def with_scale(qparams: QParams, scale: Tensor) -> QParams:
     return QParams(scale=scale, zero_point=qparams.zero_point, global_scale=qparams.global_scale)
 
 
-def lsq(x: Tensor, scale: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-    """LSQ (Esser et al. 2020), its appendix's pseudo code, as a composition that autograd differentiates."""
+def lsq(x: Tensor, scale: Tensor, qparams: QParams, spec: QuantSpec, codes: Tensor | None = None) -> Tensor:
+    """LSQ (Esser et al. 2020), its appendix's pseudo code, as a composition that autograd differentiates.
+
+    Rounded are the values inside, to the nearest or to `codes`, which are those of all values.
+    """
     elements = x.numel() // scale.numel()
     factor = 1 / (elements * positive_levels(spec.format)) ** 0.5
     s = gradscale(scale, factor)
@@ -101,6 +105,7 @@ def lsq(x: Tensor, scale: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     clip = 0.99 if spec.format in (TERNARY, STRETCHED) else None
     v = torch.clamp(x / s + zero, -clip if clip else spec.format.lo, clip or spec.format.hi) - zero
     rounded = spec.format.rint(v).detach()  # rounding an integer zero point changes nothing
+    rounded = rounded if codes is None else codes
     if spec.format is BINARY:  # its scale multiplies the sign, whatever x is
         through = torch.clamp(x / s.detach(), -1, 1) * s.detach()
         return rounded * s + through - through.detach()
@@ -111,13 +116,19 @@ def gradscale(x: Tensor, factor: float) -> Tensor:
     return x * factor + (x - x * factor).detach()
 
 
+@pytest.mark.parametrize("seed", [None, 3], ids=["nearest", "drawn"])
 @over("spec", LEARNED)
-def test_lsq(spec: QuantSpec) -> None:
+def test_lsq(spec: QuantSpec, seed: int | None) -> None:
     x, qparams, grad = case(spec)
+    moved = codes = None
+    if seed is not None:
+        moved = drawn(x, qparams, spec, seed)
+        codes = fake_quantize(moved, qparams, spec) / spread(qparams.step, x.shape)
+        assert not torch.equal(fake_quantize(moved, qparams, spec), fake_quantize(x, qparams, spec))
     ours = (x.clone().requires_grad_(), qparams.scale.clone().requires_grad_())
-    fake_quantize(ours[0], with_scale(qparams, ours[1]), spec).backward(grad)
+    fake_quantize(ours[0], with_scale(qparams, ours[1]), spec, moved).backward(grad)
     theirs = (x.clone().requires_grad_(), qparams.scale.clone().requires_grad_())
-    lsq(theirs[0], theirs[1], qparams, spec).backward(grad)
+    lsq(theirs[0], theirs[1], qparams, spec, codes).backward(grad)
 
     clipped = theirs[0].grad == 0
     assert 0 < int(clipped.sum()) < x.numel() / 2

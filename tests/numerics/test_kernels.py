@@ -14,6 +14,7 @@ from recoup.numerics import (
     LevelFormat,
     QParams,
     QuantSpec,
+    drawn,
     fake_quantize,
     kernels,
     per_channel,
@@ -134,12 +135,14 @@ def test_where_no_mask_is_kept_nothing_saturates(spec: QuantSpec) -> None:
     assert grad_x.all()
 
 
+@pytest.mark.parametrize("seed", [None, 3], ids=["nearest", "drawn"])
 @over("spec", [*FORMATS, *LEARNED])
-def test_the_function_has_the_references_value_and_gradients(spec: QuantSpec) -> None:
+def test_the_function_has_the_references_value_and_gradients(spec: QuantSpec, seed: int | None) -> None:
     x, found = sample(), []
     spec = narrowed(spec, ranges="learned" if spec.ranges == "learned" else "static")
     start, grad = qparams_of(x / 1.7, spec), torch.randn(x.shape)
-    for function in (fake_quantize, lambda *given: kernels.fake_quantize(*given, FUSED)):
+    moved = None if seed is None else drawn(x, start, spec, seed)
+    for function in (fake_quantize, lambda *given: kernels.fake_quantize(*given[:3], FUSED, given[3])):
         leaf, qparams, leaves = x.clone().requires_grad_(), start, []
         if spec.ranges == "learned":
             fields = ("scale", "zero_point", "offset")
@@ -148,7 +151,7 @@ def test_the_function_has_the_references_value_and_gradients(spec: QuantSpec) ->
             leaves = list(trained.values())
             qparams = QParams(**trained, global_scale=start.global_scale)
         given = grad.clone()
-        y = function(leaf, qparams, spec)
+        y = function(leaf, qparams, spec, moved)
         y.backward(given)
         assert torch.equal(given, grad), "a gradient that is not ours was written over"
         found.append([y.detach(), *(tensor.grad for tensor in (leaf, *leaves))])
@@ -164,13 +167,15 @@ PAIRS = [
 ]
 
 
+@pytest.mark.parametrize("seed", [None, 3], ids=["nearest", "drawn"])
 @pytest.mark.parametrize(("of_input", "of_weight"), PAIRS)
-def test_linear_is_the_composition(of_input: int | None, of_weight: int) -> None:
+def test_linear_is_the_composition(of_input: int | None, of_weight: int, seed: int | None) -> None:
     rows = [*_ROWS, *LEARNED]
     w_spec, x_spec = rows[of_weight], None if of_input is None else rows[of_input]
     x, weight, bias, grad = torch.randn(24, 64), torch.randn(8, 64), torch.randn(8), torch.randn(24, 8)
     of_w = qparams_of(weight / 1.7, w_spec)
     of_x = None if x_spec is None else qparams_of(x / 1.7, x_spec)
+    moved = weight if seed is None else drawn(weight, of_w, w_spec, seed)
     found = []
     for fused in (False, True):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
@@ -178,12 +183,12 @@ def test_linear_is_the_composition(of_input: int | None, of_weight: int) -> None
         made = [q and QParams(**{**vars(q), "scale": s}) for q, s in zip((of_x, of_w), scales, strict=True)]
         if fused:
             with torch.no_grad():
-                of_weight = made[1], FUSED.keep(leaves[1], made[1], w_spec, None)
+                of_weight = made[1], FUSED.keep(moved, made[1], w_spec, None)
                 of_input = made[0] and (made[0], FUSED.keep(leaves[0], made[0], x_spec, None))
             y = kernels.linear(leaves[0], of_input, leaves[1], of_weight, leaves[2], FUSED)
         else:
             q = leaves[0] if made[0] is None else fake_quantize(leaves[0], made[0], x_spec)
-            y = torch.nn.functional.linear(q, fake_quantize(leaves[1], made[1], w_spec), leaves[2])
+            y = torch.nn.functional.linear(q, fake_quantize(leaves[1], made[1], w_spec, moved), leaves[2])
         y.backward(grad)
         found.append(
             [y.detach(), *(leaf.grad for leaf in leaves), *(s.grad for s in scales if s is not None)]
@@ -248,6 +253,9 @@ for name in sys.argv[1:]:
                 ours = made.keep(x, None, spec, None)
                 assert torch.equal(ours.qparams.scale, qparams.scale), (name, rows, columns)
             assert torch.equal(ours.values, theirs.values), (name, rows, columns)
+            moved = drawn(x, qparams, spec, 3)
+            found = [each.keep(moved, qparams, spec, None).values for each in (made, eager)]
+            assert torch.equal(*found), (name, rows, columns)
             assert (ours.saturated is None) == (theirs.saturated is None)
             assert ours.saturated is None or torch.equal(ours.saturated, theirs.saturated)
             y = made.restore(ours, torch.empty(x.shape))

@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recoup.calibrate.observers import OBSERVERS, MinMax, Observer
 from recoup.nn import (
     DEFAULT_SAMPLES,
     Batch,
     FakeQuantizer,
+    QuantModule,
     call,
     device_of,
     evaluating,
@@ -92,11 +93,8 @@ def calibrate(
     for quantizer, watching in watched(todo, "choosing ranges"):
         if quantizer in weights:
             module, name = weights[quantizer]
-            matrix = weight_of(type(module), module, name).matrix
-            if quantizer.spec.needs_values:  # a range would not say what to choose
-                quantizer.fit(matrix)
-                continue
-            watching.observe(matrix)
+            _fit(quantizer, weight_of(type(module), module, name).matrix, watching)
+            continue
         try:
             found_range = watching.range()
         except ValueError as error:
@@ -106,6 +104,33 @@ def calibrate(
         if is_prepared(module) and module.scheme.integer_bias:
             make_room(module)
     return model
+
+
+@torch.no_grad()
+def calibrate_weight(module: QuantModule, name: str, observer: str) -> None:
+    """Set the range of one weight's quantizer as `calibrate` does, from the weight as it is; in place.
+
+    Args:
+        module: prepared, and calibrated.
+        name: of the weight's Parameter.
+        observer: as `calibrate` takes it.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    quantizer = quantizers_of(module)[name]
+    if quantizer.needs_calibration:
+        _fit(quantizer, weight_of(type(module), module, name).matrix, _observer(observer, quantizer.spec))
+    if module.scheme.integer_bias:
+        make_room(module)
+
+
+def _fit(quantizer: FakeQuantizer, matrix: Tensor, watching: Observer) -> None:
+    if quantizer.spec.needs_values:  # a range would not say what to choose
+        quantizer.fit(matrix)
+        return
+    watching.observe(matrix)
+    quantizer.set_range(*watching.range())
 
 
 def _observer(name: str, spec: QuantSpec) -> Observer:

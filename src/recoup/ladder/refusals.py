@@ -10,7 +10,14 @@ from recoup.calibrate.gptq import check_batches, check_layers
 from recoup.nn import Batch, size_of, take
 from recoup.prepare import prepare
 from recoup.schemes import Plan, Recipe
-from recoup.train import check_batch_norm, check_lora, check_scales, check_state, check_training
+from recoup.train import (
+    check_batch_norm,
+    check_lora,
+    check_progressive,
+    check_scales,
+    check_state,
+    check_training,
+)
 
 
 def check_data(recipe: Recipe, calibration: Sequence[Batch], train: Sequence[Batch]) -> None:
@@ -49,6 +56,7 @@ def check_rungs(
         check_batches(list(take(calibration, recipe.calibration.samples)))
     if "qat" in recipe.rungs:
         check_training(model, train[0], recipe.train)
+        check_progressive(trial, recipe.train.progressive)
         if recipe.train.batch_norm is not None:
             check_batch_norm(trial)
         if recipe.train.lora is not None:

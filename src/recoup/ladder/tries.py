@@ -97,12 +97,13 @@ def shortened(settings: TrainSettings, steps: int) -> TrainSettings:
 
 
 def going_on(settings: TrainSettings, *, ranges: bool) -> TrainSettings:
-    """The same training from where one ended: what was frozen by then stays so, but for fresh ranges."""
+    """The same training from where one ended: with the bits by then, and frozen ranges but for fresh ones."""
     frozen = settings.freeze_ranges if ranges or settings.freeze_ranges is None else 0
     norms = settings.batch_norm
     if norms is not None and norms.freeze is not None:
         norms = norms.model_copy(update={"freeze": 0})
-    return settings.model_copy(update={"start_step": 0, "freeze_ranges": frozen, "batch_norm": norms})
+    fresh = {"start_step": 0, "progressive": (), "freeze_ranges": frozen, "batch_norm": norms}
+    return settings.model_copy(update=fresh)
 
 
 def lowest(curve: Sequence[Mapping[str, float]]) -> float:

@@ -16,6 +16,7 @@ from recoup.numerics import (
     QuantSpec,
     choose_global_scale,
     choose_qparams,
+    drawn,
     fake_quantize,
     is_finite,
     kernels,
@@ -80,6 +81,7 @@ class FakeQuantizer(LatticeState):
         self.is_weight = rows is not None
         self.impl: kernels.Impl = "reference"  # `prepare` chooses
         self.loads = 0  # how often a state was loaded
+        self.seed: int | None = None  # draws codes, while a training makes gradients; None rounds to nearest
         shape = spec.granularity.scale_shape(rows or 1, columns or 1)
         kept, learned = spec.ranges != "dynamic", spec.ranges == "learned"
         has_offset = spec.has_offset or (learned and spec.has_zero_point)
@@ -111,12 +113,13 @@ class FakeQuantizer(LatticeState):
             return x
         view = self.view(x)
         qparams = self.qparams(view)
+        moved = None if self.seed is None else drawn(view, qparams, self.spec, self.seed)
         if self.impl == "reference" or torch.compiler.is_compiling():  # inductor fuses the reference itself
             self.check(view, qparams)
-            return fake_quantize(view, qparams, self.spec).reshape(x.shape)
+            return fake_quantize(view, qparams, self.spec, moved).reshape(x.shape)
         implementation = kernels.KERNELS[self.impl]
         try:
-            return kernels.fake_quantize(view, qparams, self.spec, implementation).reshape(x.shape)
+            return kernels.fake_quantize(view, qparams, self.spec, implementation, moved).reshape(x.shape)
         except kernels.NotFiniteError:
             raise NonFiniteError(self.path) from None
 
@@ -127,6 +130,9 @@ class FakeQuantizer(LatticeState):
         Raises:
             NonFiniteError: the view is not finite.
         """
+        if self.seed is not None:
+            qparams = self.qparams(view) if qparams is None else qparams
+            view = drawn(view, qparams, self.spec, self.seed)
         try:
             return kernels.KERNELS[self.impl].keep(view, qparams, self.spec, over)
         except kernels.NotFiniteError:

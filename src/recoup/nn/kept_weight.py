@@ -11,6 +11,7 @@ plain           what writes in place, an optimizer or anyone under no_grad, move
                 torch.optim.Optimizer counts here
 FSDP2           gathers the unsharded parameter anew without moving its version number; what changes the
                 shards is an optimizer's step, or `load_state_dict`, which counts too
+a seed          draws codes, while a training rounds stochastically; another one draws others
 torch.compile   never comes here: a compiled model runs the equation, which inductor fuses itself
 
 Without gradients nothing is remembered: an evaluation is right whatever hands wrote. What stays unseen is a
@@ -35,7 +36,7 @@ class _Entry(NamedTuple):
     impl: str
     references: list[StorageWeakRef]  # which keep the identities in `places` from being given away again
     places: list[tuple[int, int | torch.SymInt, torch.dtype]]
-    times: tuple[int, int, list[int]]
+    times: tuple[int, int, int | None, list[int]]
     codes: Kept
 
 
@@ -76,7 +77,8 @@ def kept_weight(
         return _decided(quantizer, merged(view, low_rank))  # inference tensors have no version number
     storages = [tensor.untyped_storage() for tensor in state]
     places = [(s._cdata, t.storage_offset(), t.dtype) for s, t in zip(storages, state, strict=True)]  # pyright: ignore[reportPrivateUsage]
-    times = _steps, quantizer.loads, [tensor._version for tensor in state]  # pyright: ignore[reportPrivateUsage]
+    versions = [tensor._version for tensor in state]  # pyright: ignore[reportPrivateUsage]
+    times = _steps, quantizer.loads, quantizer.seed, versions
     found = _kept.get(quantizer)
     if found is None or (found.spec, found.impl, found.places) != (quantizer.spec, quantizer.impl, places):
         over, references = None, [StorageWeakRef(storage) for storage in storages]

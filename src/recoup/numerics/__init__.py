@@ -2,7 +2,7 @@
 
 Pure functions on 2-D tensors; this room imports torch and nothing of recoup. Read `formats.py`,
 `integers.py`, `floats.py`, `levels.py`, `granularity.py`, `scale_rules.py`, `spec.py`, `quantize.py`,
-`fake_quantize.py`, `learned.py` and `low_rank.py`, in that order.
+`stochastic.py`, `fake_quantize.py`, `learned.py` and `low_rank.py`, in that order.
 """
 
 from recoup.numerics.fake_quantize import fake_quantize
@@ -44,6 +44,7 @@ from recoup.numerics.quantize import (
 )
 from recoup.numerics.scale_rules import SCALE_RULES, ScaleRule
 from recoup.numerics.spec import ElementFormat, QParams, QuantSpec, Ranges, storable
+from recoup.numerics.stochastic import drawn
 
 __all__ = [
     "BFLOAT16",
@@ -80,6 +81,7 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "divisors",
+    "drawn",
     "extrema",
     "fake_quantize",
     "is_finite",

@@ -96,6 +96,12 @@ class TrainSettings(Section):
             the end.
         dampening: the weight of a penalty on |Q(w) - clip(w)|^2 of every quantized weight, which holds back
             those that oscillate between two codes; it rises from 0 on half a cosine.
+        rounding: of weights where gradients are made. "stochastic" draws one of a weight's two neighbouring
+            codes for a step, the nearer one more often (Gupta et al. 2015, arXiv:1502.02551);
+            whatever is evaluated or ships has the nearest.
+        progressive: integer weights of fewer bits train with so many first, then with the next, and at last
+            with their own (Zhuang et al. 2018, arXiv:1711.00205), in equal phases. Only the start and
+            the last phase are looked at.
         clip_norm: gradients are scaled down to this norm.
         accumulate: batches per optimizer step.
         precision: "bf16" is autocast; the master weights are float32 either way.
@@ -129,6 +135,8 @@ class TrainSettings(Section):
     start_step: int = Field(default=0, ge=0)
     freeze_ranges: int | None = Field(default=None, ge=0)
     dampening: float = Field(default=0.0, ge=0)
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    progressive: tuple[Annotated[int, Field(ge=3, le=8)], ...] = ()
     clip_norm: float = Field(default=1.0, gt=0)
     accumulate: int = Field(default=1, ge=1)
     precision: Literal["float32", "bf16"] = "float32"
@@ -153,6 +161,21 @@ class TrainSettings(Section):
             raise ValueError(
                 f"dampening {self.dampening} asked; it pulls weights, and adapters or scales alone train "
                 "none: set it to 0"
+            )
+        if self.rounding == "stochastic" and self.parameters == "scales":
+            raise ValueError(
+                "rounding: stochastic and parameters: scales asked; codes are drawn where weights train, and "
+                "scales alone train none: leave one out"
+            )
+        if self.rounding == "stochastic" and self.dampening:
+            raise ValueError(
+                f"rounding: stochastic and dampening {self.dampening} asked; one has weights change codes, "
+                "and the other holds them back: leave one out"
+            )
+        if self.progressive and self.parameters == "scales":
+            raise ValueError(
+                f"progressive {[*self.progressive]} and parameters: scales asked; scales are chosen anew at "
+                "every change of bits, and nothing else trains: leave one out"
             )
         if self.lora is not None and self.lora.dropout and "task" not in self.loss:
             raise ValueError(
@@ -188,6 +211,22 @@ class TrainSettings(Section):
             raise ValueError(
                 f"{self.steps} steps leave none after {self.warmup} of warm-up and a start at "
                 f"{self.start_step}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bits_fall(self) -> "TrainSettings":
+        bits = [*self.progressive]
+        falling = sorted({*bits}, reverse=True)
+        if bits != falling:
+            raise ValueError(
+                f"progressive {bits} asked, and bits fall from one phase to the next: write {falling}"
+            )
+        quantized = self.steps - self.start_step
+        if bits and quantized <= len(bits):
+            raise ValueError(
+                f"progressive {bits} asked, and {quantized} steps under quantization are too few for "
+                f"{len(bits) + 1} phases; ask for more steps, or fewer phases"
             )
         return self
 

@@ -10,7 +10,7 @@ and ends with the very bits it would have ended with.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,10 @@ from recoup.train.lora import trained_parameters
 from recoup.train.losses import names_of, needs_teacher
 from recoup.train.objective import Objective
 from recoup.train.param_groups import param_groups
+from recoup.train.progressive import Bits, check_progressive
 from recoup.train.rng import rng_state, set_rng_state
+from recoup.train.rounding import codes_drawn, seed_of_step
+from recoup.train.schedule import rising, warmup_cosine
 from recoup.train.snapshot import check_state, load_state_of, moving_state_of, state_of
 from recoup.train.teacher import Teacher, float_copy, in_memory, on_disk
 from recoup.train.trainable import check_trainable
@@ -63,7 +66,8 @@ def train(
     never leaves a model that is worse there than it was. Dropout is on only when the task loss is part of
     the loss: a teacher is followed without noise. Adapters of `settings.lora` are merged at the end; those of
     `add_lora` stay. So are norms of `settings.batch_norm`, and so do those of `add_batch_norm`. Never touches
-    what is frozen, nor the calibration of static ranges but where new statistics of norms are a factor of it.
+    what is frozen, nor the calibration of static ranges but where new statistics of norms are a factor of it,
+    or `settings.progressive` changed a weight's bits and chose its ranges anew.
 
     What goes wrong with quantizers is looked for after the first step, at every look at held-out batches and
     at the end; it is logged as a warning of the logger "recoup", and kept as `model.recoup_symptoms`, a list
@@ -97,6 +101,7 @@ def train(
     settings = settings or TrainSettings()
     check_trainable(model)
     check_state(model)
+    check_progressive(model, settings.progressive)
     _check_batches(batches, settings, held_out)
     if settings.budget is not None:
         raise ValueError(
@@ -137,7 +142,8 @@ def train(
             objective = Objective(settings, asked, accelerator.device, batches[0])
             training = _Training(model, batches, settings, objective, held_out, accelerator)
             model.train("task" in names_of(settings.loss))
-            with activations_recomputed(model) if settings.activation_checkpointing else nullcontext():
+            recomputed = activations_recomputed(model) if settings.activation_checkpointing else nullcontext()
+            with closing(training.bits), recomputed:
                 training.run(record, saves)
     finally:
         accelerator.free_memory()
@@ -145,21 +151,6 @@ def train(
         for module, mode in modes.items():
             module.training = mode
     return model
-
-
-def warmup_cosine(steps: int, warmup: int) -> Callable[[int], float]:
-    """The share of the learning rate at a step: up on a line, then down to 0 on half a cosine.
-
-    >>> [round(warmup_cosine(10, 2)(step), 2) for step in (0, 1, 2, 6, 10)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-    return share
 
 
 class _Training:
@@ -185,6 +176,8 @@ class _Training:
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.share = warmup_cosine(settings.steps, settings.warmup)
         self.wrapped, self.stepper = accelerator.prepare(model, self.optimizer)
+        self.bits = Bits(model, settings)
+        self.seed: int | None = None
         self.best = Best(model, objective, held_out, settings)
         self.examination = Examination(
             model,
@@ -231,6 +224,9 @@ class _Training:
 
     def _one_step(self, stream: Iterator[Batch], record: Record) -> float:
         self.step += 1
+        self.bits.enter(self.step, self.optimizer)
+        if self.settings.rounding == "stochastic":
+            self.seed = seed_of_step()
         frozen = self.settings.freeze_ranges is not None and self.step > self.settings.freeze_ranges
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = 0.0 if frozen and group["ranges"] else rate * self.share(self.step - 1)
@@ -240,12 +236,13 @@ class _Training:
                 layer.batch_norm.train(freeze is None or self.step <= freeze)
         loss = sum(self._accumulate(next(stream)) for _ in range(self.settings.accumulate))
         entry = {"step": self.step, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        looks = self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps
+        ends = self.step == self.settings.steps
+        looks = self.bits.are_own and (ends or self.step % self.settings.evaluate_every == 0)
         if looks:
             entry |= self._look()
-        if looks or self.step == 1:
+        if looks or (self.bits.are_own and self.step == 1):
             self.examination.tensors(self.step)
-        if self.best.is_long_ago and self.step < self.settings.steps:
+        if self.best.is_long_ago and not ends:
             entry["stopped_early"] = 1.0
         self._tell(entry, record)
         return loss
@@ -273,7 +270,8 @@ class _Training:
         batch = moved(batch, self.accelerator.device)
         delayed = self.step <= self.settings.start_step
         lattice = quantization_off(self.model) if delayed else nullcontext()
-        with self.accelerator.accumulate(self.wrapped), lattice:
+        rounding = codes_drawn(self.model, self.seed)
+        with self.accelerator.accumulate(self.wrapped), lattice, rounding:
             try:
                 loss = self.objective(self.wrapped, batch)
             except NonFiniteError:
@@ -284,16 +282,12 @@ class _Training:
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
                 if self.settings.dampening and not delayed:
-                    dampen(self.model, self.settings.dampening * self._rising())
+                    share = rising(self.step, self.settings.start_step, self.settings.steps)
+                    dampen(self.model, self.settings.dampening * share)
                 self._clip()
             self.stepper.step()
             self.stepper.zero_grad()
         return value / self.settings.accumulate
-
-    def _rising(self) -> float:
-        """From 0 to 1 on half a cosine, while quantization is on."""
-        on = self.settings.steps - self.settings.start_step
-        return 0.5 * (1 - math.cos(math.pi * (self.step - self.settings.start_step) / on))
 
     def _stopped_by(self, loss: float, batch: Batch) -> NonFiniteLossError:
         culprit = first_nonfinite_module(self.model, batch)
@@ -345,6 +339,7 @@ class _Training:
 
     def _resume(self, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
         self.step, self.history = facts["step"], facts["history"]
+        self.bits.resume(self.step)
         self.examination.resume(facts.get("symptoms", []))  # none were kept at first
         load_state_of(self.model, parts["weights"])
         states: dict[int, dict[str, Tensor]] = {}

@@ -28,10 +28,14 @@ _FIELDS = ("scale", "zero_point", "offset", "global_scale")  # of QParams
 
 
 def fake_quantize(
-    x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec, kernels: Kernels
+    x: Float[Tensor, "r c"],
+    qparams: QParams,
+    spec: QuantSpec,
+    kernels: Kernels,
+    moved: Float[Tensor, "r c"] | None = None,
 ) -> Float[Tensor, "r c"]:
     """See `numerics.fake_quantize`."""
-    return cast(Tensor, _FakeQuantize.apply(x, kernels, spec, *_tensors(qparams)))
+    return cast(Tensor, _FakeQuantize.apply(x, moved, kernels, spec, *_tensors(qparams)))
 
 
 def linear(
@@ -48,7 +52,7 @@ def linear(
     Args:
         x: the input, which gets a gradient.
         of_x: its qparams, which get one where they are learned, and what `kernels.keep` made of x's 2-D view
-            and them; None leaves x in float.
+            and them; None leaves x in float. Gradients are of the codes that were kept, drawn ones too.
         weight: the master weight.
         of_weight: the same of the weight.
         bias: or none.
@@ -91,8 +95,10 @@ class _Factor:
             return (self.kernels.clip_(grad, self.codes),)
         leaves = [None if t is None else t.detach() for t in (self.whole, *_tensors(self.codes.qparams))]
         trained = [leaf.requires_grad_() for leaf in leaves if leaf is not None and leaf.is_floating_point()]
+        values = self.codes.values  # which were decided once, and maybe drawn
+        moved = self.kernels.restore(self.codes, place("moved", values.shape, torch.float32, values.device))
         with torch.enable_grad():
-            y = reference(cast(Tensor, leaves[0]), _qparams(leaves[1:]), self.codes.spec)
+            y = reference(cast(Tensor, leaves[0]), _qparams(leaves[1:]), self.codes.spec, moved)
         found = torch.autograd.grad(y, trained, grad, allow_unused=True)
         by_leaf = dict(zip(map(id, trained), found, strict=True))
         return tuple(by_leaf.get(id(leaf)) for leaf in leaves)
@@ -118,8 +124,10 @@ def _restored(kernels: Kernels, spec: QuantSpec | None, saved: Sequence[Tensor |
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Kernels, spec: QuantSpec, *qparams: Tensor | None) -> Tensor:
-        codes = kernels.keep(x, _qparams(qparams), spec, None)
+    def forward(
+        ctx: Any, x: Tensor, moved: Tensor | None, kernels: Kernels, spec: QuantSpec, *qparams: Tensor | None
+    ) -> Tensor:
+        codes = kernels.keep(x if moved is None else moved, _qparams(qparams), spec, None)
         ctx.kernels, ctx.spec = kernels, spec
         ctx.save_for_backward(*_saved(x, codes))
         return kernels.restore(codes, torch.empty_like(x, memory_format=torch.contiguous_format))
@@ -131,7 +139,7 @@ class _FakeQuantize(torch.autograd.Function):
         written_over = may_saturate(ctx.spec, carrier_of(ctx.spec.format))
         owned = grad.clone(memory_format=torch.contiguous_format) if written_over else grad
         of_x, *of_qparams = factor.gradients(owned)
-        return of_x, None, None, *(of_qparams or (None,) * len(_FIELDS))
+        return of_x, None, None, None, *(of_qparams or (None,) * len(_FIELDS))
 
 
 class _Linear(torch.autograd.Function):
