@@ -32,6 +32,13 @@ def notes_of(account: Explanation, costs: tuple[Cost, Cost] | None, slow: str | 
         f"{account.bytes_after / 1e6:.1f} MB in the formats of the plan, scales included.",
         f"In float stay: {', '.join(stay)}." if stay else "Nothing stays in float.",
     ]
+    if account.untied:
+        before, after = account.cost_of_untying
+        notes.append(
+            f"Untied: {', '.join(f'{own} from {other}' for own, other in account.untied.items())}. Of the "
+            f"bytes above, these copies are {before / 1e6:.2f} MB in float and {after / 1e6:.2f} MB in the "
+            "formats of the plan; the float file has them, too."
+        )
     if costs is None:
         notes.append("Nothing was exported, because no rung kept the quality.")
     if slow is not None:
