@@ -17,13 +17,14 @@ from tests.models import Tied, ids, recipe
 from .gguf_models import small, table, written
 from .llamas import Processor, batch, llama
 
+pytestmark = pytest.mark.filterwarnings("ignore:the artefact has no tokenizer")
+
 
 def ready(model: nn.Module, example: Any, asked: Recipe) -> nn.Module:
     """Untied, prepared and calibrated."""
     return calibrate(prepare(untie(model), resolve(model, asked)), [example], observer="minmax")
 
 
-@pytest.mark.filterwarnings("ignore:the artefact has no tokenizer")
 @pytest.mark.parametrize(
     "rules",
     [(("lm_head", "w8a16"),), (("tokens", "w4a16"),), (("lm_head", "w8a16"), ("tokens", "w4a16"))],

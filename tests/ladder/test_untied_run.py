@@ -12,9 +12,11 @@ from recoup import Recipe, recover
 from recoup.export import verify
 from tests.models import Tied, ids
 
+from .stand_in import SLOWER, alone
+
 RECIPE: dict[str, Any] = {
     "scheme": "w8a16",
-    "rules": [{"match": "lm_head", "scheme": "w8a16"}],
+    "rules": [{"match": "model.lm_head", "scheme": "w8a16"}],
     "untie": True,
     "rungs": ["rtn"],
     "gates": [{"metric": "right", "max_decrease": "50%"}],
@@ -34,7 +36,9 @@ class Words(nn.Module):
         return {"logits": self.model(input_ids)}
 
 
-def test_a_run_unties_before_its_rules_are_asked(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(SLOWER)
+def test_a_run_unties_before_its_rules_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch)
     torch.manual_seed(0)
     model, batches = Words().eval(), [ids(4) for _ in range(2)]
     with torch.no_grad():
