@@ -60,7 +60,7 @@ def test_a_run_unties_before_its_rules_are_asked(tmp_path: Path, monkeypatch: py
     (note,) = (note for note in result.record.notes if note.startswith("Untied: "))
     assert note.startswith(
         "Untied: model.lm_head.weight from model.tokens.weight. Of the bytes above, these copies are 0.02 MB "
-        "in float and 0.01 MB"
+        "in float and 0.00 MB in the formats of the plan"
     )
     assert result.artefact is not None
     assert verify(result.artefact).same
