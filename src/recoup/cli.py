@@ -60,11 +60,14 @@ def explain(recipe: RecipeFile, *, trust_remote_code: Trust = False) -> int:
     from recoup import explain as account
     from recoup.export import preflight, usable
     from recoup.prepare import resolve
+    from recoup.transforms import untie
 
     parsed = Recipe.load(recipe)
     settings = parsed.export
     usable(settings.target)
     model = tasks.load_model(parsed, trust_remote_code=trust_remote_code)
+    if parsed.untie:
+        untie(model)
     plan = resolve(model, parsed)
     kernels = preflight(
         model,

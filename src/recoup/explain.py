@@ -34,11 +34,13 @@ class Explanation:
         rows: of every parameter.
         outputs: the spec of every output that is quantized, by its module.
         cache: how keys and values are kept; "" where nothing is said of them.
+        untied: what each parameter was tied to, before `untie` gave it values of its own.
     """
 
     rows: list[Row]
     outputs: dict[str, str] = field(default_factory=dict)
     cache: str = ""
+    untied: dict[str, str] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -49,6 +51,12 @@ class Explanation:
     def bytes_after(self) -> int:
         """The same when quantized."""
         return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def cost_of_untying(self) -> tuple[int, int]:
+        """Bytes of the parameters that were tied to another's: in float, and when quantized."""
+        own = [row for row in self.rows if row.parameter in self.untied]
+        return sum(row.bytes_before for row in own), sum(row.bytes_after for row in own)
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "scheme", "bits", "bytes before", "after", "computed as", "reason")
@@ -73,7 +81,12 @@ class Explanation:
             for line in [*cells, total]
         ]
         lines += [f"output of {module}: {spec}" for module, spec in self.outputs.items()]
-        return "\n".join(line.rstrip() for line in [*lines, *filter(None, [self.cache])])
+        lines += filter(None, [self.cache])
+        if self.untied:
+            before, after = self.cost_of_untying
+            pairs = ", ".join(f"{own} from {other}" for own, other in self.untied.items())
+            lines.append(f"untied: {pairs}; takes {before:,} bytes more before and {after:,} after")
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = None) -> Explanation:
@@ -117,7 +130,8 @@ def explain(model: nn.Module, plan: Plan, kernels: Mapping[str, str] | None = No
         )  # fmt: skip
     outputs = {name: str(spec) for name, spec in plan.outputs.items()}
     cache = "" if plan.kv is None else f"KV cache of {len(plan.caches)} attention layers: {plan.kv}"
-    return Explanation(rows=rows, outputs=outputs, cache=cache)
+    untied: dict[str, str] = getattr(model, "recoup_untied", {})
+    return Explanation(rows=rows, outputs=outputs, cache=cache, untied=untied)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

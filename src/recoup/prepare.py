@@ -18,13 +18,14 @@ from recoup.nn import (
     QUANT_MODULES,
     Codes,
     FakeQuantizer,
-    QuantModule,
     caching,
     check_shape,
     check_surroundings,
+    check_tied,
     device_of,
     is_prepared,
     kept_by_type,
+    leaves_of,
     no_form,
     quant_type,
     quantize_cache,
@@ -32,13 +33,13 @@ from recoup.nn import (
     quantizers_of,
     refuse_peft,
     routers,
+    shared_parameters,
+    tied_weights,
     type_name,
     unasked_layers,
-    weight_names,
-    weight_of,
 )
 from recoup.numerics import QuantSpec, kernels, per_tensor
-from recoup.schemes import PRESETS, Plan, Recipe, Rule, Scheme
+from recoup.schemes import Plan, Recipe, Rule, Scheme
 from recoup.schemes.parse import parse
 
 _log = logging.getLogger("recoup")
@@ -66,10 +67,10 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     Raises:
         ValueError: a rule that matches nothing, or gives a scheme to nothing that can have one; a layer that
             its groups do not divide, or whose inputs cannot have the scheme's; tied weights that are not
-            quantized alike; too many parameters in modules that have no quantized form, and no rule that
-            keeps them; nothing to quantize; layers of PEFT's; a name in `outputs` that is no module's, or a
-            scheme whose inputs have no numbers for them; a KV cache that the model has not, or that cannot
-            be reached.
+            quantized alike, or that the recipe wants untied; too many parameters in modules that have no
+            quantized form, and no rule that keeps them; nothing to quantize; layers of PEFT's; a name in
+            `outputs` that is no module's, or a scheme whose inputs have no numbers for them; a KV cache that
+            the model has not, or that cannot be reached.
 
     >>> import torch
     >>> resolve(torch.nn.Sequential(torch.nn.Linear(32, 4)), "w4a16").modules
@@ -80,7 +81,12 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     refuse_peft(model)
     if any(isinstance(module, (FakeQuantizer, Codes)) for module in model.modules()):
         raise ValueError("the model is prepared already; resolve looks at the float model")
-    tied, choosing, unasked = _tied(model), routers(model), unasked_layers(model)
+    if recipe.untie and (together := shared_parameters(model)):
+        first, other, *_ = together[0]
+        raise ValueError(
+            f"untie: asked, and {other} is still tied to {first}; call recoup.transforms.untie(model) first"
+        )
+    tied, choosing, unasked = tied_weights(model), routers(model), unasked_layers(model)
     _every_rule_matches(model, recipe.rules, unasked)
 
     schemes: dict[str, Scheme] = {}
@@ -92,7 +98,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
             decision = _decide(name or parameter, module, parameter, recipe, tied, choosing, unasked)
             if isinstance(decision, str):
                 kept[path] = decision
-            elif parameter not in _leaves(module):
+            elif parameter not in leaves_of(module):
                 is_bias = tensor.ndim < 2 or "bias" in parameter
                 kept[path] = "bias" if is_bias else kept_by_type(module, parameter)
             else:
@@ -105,7 +111,7 @@ def resolve(model: nn.Module, recipe: Recipe | Scheme | str) -> Plan:
     outputs = _outputs(model, recipe)
     caches = () if recipe.kv is None else tuple(caching(model))
     plan = Plan(schemes=schemes, modules=modules, kept=kept, outputs=outputs, kv=recipe.kv, caches=caches)
-    _tied_weights_are_alike(model, plan)
+    check_tied(model, plan)
     _little_is_left_out(model, kept)
     if not modules:
         raise ValueError(
@@ -161,7 +167,7 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
         for leaf, quantizer in quantizers_of(prepared).items():
             shared = quantizers.setdefault(getattr(prepared, leaf), quantizer)
             setattr(prepared, f"{leaf}_quantizer", shared)
-    _tied_weights_are_alike(model, plan)
+    check_tied(model, plan)
     if plan.kv is not None and (missing := set(plan.caches) - set(caching(model))):
         raise ValueError(
             f"the plan quantizes keys and values of {min(missing)!r}, which keeps none in this model; "
@@ -186,7 +192,7 @@ def prepare(model: nn.Module, plan: Plan, *, impl: kernels.Choice = "auto") -> n
 
 def _chosen(asked: kernels.Choice, modules: list[nn.Module]) -> kernels.Impl:
     """The implementation for these modules' weights, logged with the reason."""
-    found = (getattr(module, leaf, None) for module in modules for leaf in _leaves(module))
+    found = (getattr(module, leaf, None) for module in modules for leaf in leaves_of(module))
     weights = {weight for weight in found if isinstance(weight, Tensor)}
     device = next(iter(weights)).device if weights else torch.device("cpu")
     chosen, why = kernels.choose(asked, device, sum(weight.numel() for weight in weights))
@@ -290,84 +296,6 @@ def _every_rule_matches(model: nn.Module, rules: tuple[Rule, ...], unasked: dict
                 f"rule {rule.match!r} matches only modules without a quantized form: {', '.join(kinds)}; "
                 f"there is one of {_QUANTIZABLE}"
             )
-
-
-def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """For every module whose weight others hold too, under whatever name, those others."""
-    owners: dict[Tensor, list[tuple[str, bool]]] = {}
-    for name, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter, []).append((name or leaf, leaf in _leaves(module)))
-    return {
-        name: [other for other, _ in holders if other != name]
-        for holders in owners.values()
-        if len(holders) > 1
-        for name, is_weight in holders
-        if is_weight
-    }
-
-
-def _tied_weights_are_alike(model: nn.Module, plan: Plan) -> None:
-    for name, others in _tied(model).items():
-        for other in others if name in plan.modules else ():
-            alike = _scheme_with_the_same_weights(
-                model.get_submodule(name), plan[name], _holder(model, other)
-            )
-            if other not in plan.modules:
-                difference = "which stays in float"
-            elif plan[other].weights != plan[name].weights:
-                difference = f"but {plan[name].name!r} and {plan[other].name!r} have different weights"
-            elif alike is None:
-                difference = "which reads it the other way round"
-            else:
-                continue
-            remedy = f"write {{match: {other}, scheme: {alike}}} to quantize both alike, or " if alike else ""
-            raise ValueError(
-                f"{name}: its weight is tied to that of {other}, {difference}; {remedy}keep both in float "
-                "with scheme: none"
-            )
-
-
-def _scheme_with_the_same_weights(module: nn.Module, scheme: Scheme, other: nn.Module) -> str | None:
-    """The name of a scheme for a module that shares this one's weight; None if it cannot share the codes."""
-    kind, other_kind = quant_type(module), quant_type(other)
-    if kind is None or other_kind is None:
-        return None
-    views, seen_by_other = (
-        {leaf: _lies(matrix, alike=kind is other_kind) for leaf, matrix in _matrices(*holder)}
-        for holder in ((kind, module), (other_kind, other))
-    )
-    if views != seen_by_other:
-        return None
-    if scheme.inputs is None or other_kind.inputs_are != "ids":
-        return scheme.name
-    without_inputs = (
-        preset.name
-        for preset in PRESETS.values()
-        if preset.inputs is None and replace(preset.weights, ranges=scheme.weights.ranges) == scheme.weights
-    )
-    return next(without_inputs, f"one with the weights of {scheme.name} and no inputs")
-
-
-def _lies(matrix: Tensor, *, alike: bool) -> tuple[object, ...]:
-    """What two views of one weight have in common; views by different types of module also the memory."""
-    return (matrix.shape, matrix.stride()) if alike else (matrix.shape, matrix.stride(), matrix.data_ptr())
-
-
-def _leaves(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's weights; without a quantized form, what it would be called."""
-    kind = quant_type(module)
-    return ("weight",) if kind is None else weight_names(kind, module)
-
-
-def _matrices(kind: type[QuantModule], module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for leaf in weight_names(kind, module):
-        yield leaf, weight_of(kind, module, leaf).matrix
-
-
-def _holder(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name; the model itself for the name of one of its own parameters."""
-    return dict(model.named_modules()).get(name, model)
 
 
 def _little_is_left_out(model: nn.Module, kept: dict[str, str]) -> None:

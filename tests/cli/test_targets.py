@@ -46,8 +46,14 @@ def llama():
 
     model = small("llama", hidden_size=96, intermediate_size=96, attention_bias=False, mlp_bias=False)
     return {"model": model, "calibration": [batch(16)], "evaluate": lambda model: {"accuracy": [1]}}
+
+def tied():
+    from tests.models import Tied, ids
+
+    return {"model": Tied(), "calibration": [ids(16)], "evaluate": lambda model: {"accuracy": [1]}}
 """
 LLAMA = {"name": "custom", "entry": "target_task:llama"}
+TIED = {"name": "custom", "entry": "target_task:tied"}
 Fields = dict[str, Any]
 
 
@@ -127,6 +133,7 @@ WRONG: dict[str, tuple[Fields, str]] = {
     "a cache in a model that has none": (
         {"kv": "fp8"}, "kv: a Sequential is no transformers model that generates text, so it has no"),
     "keys and values of 4 bits": ({"kv": "fp4"}, "kv: no spec of keys and values 'fp4'; there are fp8"),
+    "nothing to untie": ({"untie": True}, "untie: no two modules share a Parameter, nothing is tied; leave"),
     "no devices": ({"export": {"tensor_parallel": 0}}, "export.tensor_parallel: input should be greater"),
     **{
         f"a place outside, {place}": (
@@ -167,6 +174,18 @@ def test_three_bits_in_fields_of_four_are_said_once(
         said = capsys.readouterr()
         assert said.err.splitlines() == [warning]
         assert ("MatMulNBits, in fields of 4 bits" in said.out) == (command == "explain")
+
+
+def test_explain_unties_where_the_recipe_says_so(
+    custom: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    custom(task=TIED, untie=True, rules=[{"match": "lm_head", "scheme": "w8a16"}])
+    assert _run(["explain", "recipe.yaml"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said if "w8a16" in line] == ["lm_head.weight"]
+    assert said[-1].startswith(
+        "untied: lm_head.weight from tokens.weight; takes 16,384 bytes more before and "
+    )
 
 
 def test_a_folder_that_holds_an_export_is_no_place_for_a_run(

@@ -134,7 +134,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: small("qwen3", attention_bias=True), "llama.cpp's qwen3 has no place for .*q_proj.bias"),
     "untied": (
         lambda: small("gemma", tie_word_embeddings=False),
-        "lm_head is not tied to model.embed_tokens, llama.cpp's gemma has no output matrix of its own"),
+        "lm_head is not tied to model.embed_tokens, llama.cpp's gemma has no output matrix of its own; bring "
+        "it tied and without untie, or export to onnx or compressed-tensors"),
 }  # fmt: skip
 
 

@@ -292,7 +292,8 @@ MISTAKES = {
         Tied,
         recipe("w4a16", ("lm_head", "w8a16")),
         "lm_head: its weight is tied to that of tokens, which stays in float; write {match: tokens, scheme: "
-        "w8a16} to quantize both alike, or keep both in float with scheme: none",
+        "w8a16} to quantize both alike, write untie: true (recoup.transforms.untie) to give each its own, "
+        "or keep both in float with scheme: none",
     ),
     "inputs of an embedding": (
         Tied,

@@ -151,7 +151,10 @@ def transposed_tie() -> nn.Module:
     return model
 
 
-KEEP = ", or keep both in float with scheme: none"
+KEEP = (
+    ", write untie: true (recoup.transforms.untie) to give each its own, "
+    "or keep both in float with scheme: none"
+)
 MISTAKES = {
     "the head alone": (
         Tied,
@@ -192,12 +195,12 @@ MISTAKES = {
     "a parameter of the model itself": (
         Table,
         [("layer", "w4a16")],
-        "layer: its weight is tied to that of table, which stays in float; keep both in float with scheme:",
+        "layer: its weight is tied to that of table, which stays in float; write untie: true (",
     ),
     "one that reads it transposed": (
         transposed_tie,
         [("*", "w4a16")],
-        "a: its weight is tied to that of b, which reads it the other way round; keep both in float with",
+        "a: its weight is tied to that of b, which reads it the other way round; write untie: true (",
     ),
 }
 

@@ -111,7 +111,7 @@ def check(model: nn.Module) -> None:
     if found.always_tied and not is_tied(model):
         raise ValueError(
             f"gguf: {HEAD} is not tied to {EMBEDDING}, llama.cpp's {found.name} has no output matrix of its "
-            "own; quantize both alike, or keep both"
+            "own; bring it tied and without untie, or export to onnx or compressed-tensors"
         )
     _check_names(model, found)
 

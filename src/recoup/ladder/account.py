@@ -37,6 +37,13 @@ def notes_of(
     ]
     if smoothed:
         notes.append("The sizes of channels were balanced before anything was quantized.")
+    if account.untied:
+        before, after = account.cost_of_untying
+        notes.append(
+            f"Untied: {', '.join(f'{own} from {other}' for own, other in account.untied.items())}. Of the "
+            f"bytes above, these copies are {before / 1e6:.2f} MB in float and {after / 1e6:.2f} MB in the "
+            "formats of the plan; the float file has them, too."
+        )
     if costs is None:
         notes.append("Nothing was exported, because no rung kept the quality.")
     if slow is not None:

@@ -37,7 +37,7 @@ from recoup.nn import DEFAULT_SAMPLES, Batch, take, without_labels
 from recoup.prepare import prepare, resolve
 from recoup.progress import busy
 from recoup.schemes import Plan, Recipe, Scheme
-from recoup.transforms import fuse, smooth
+from recoup.transforms import fuse, smooth, untie
 from recoup.validate import Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
 from recoup.validate.report import is_slower
 
@@ -149,6 +149,8 @@ def recover(
     known = {**facts_of(model, calibration, train, recipe), **(facts or {})}
     example = without_labels(calibration[0])
     fuse(model, example)
+    if recipe.untie:
+        untie(model)
     plan = resolve(model, recipe)
     preflight(
         model,

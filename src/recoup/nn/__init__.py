@@ -77,6 +77,7 @@ from recoup.nn.modules import (
 from recoup.nn.output import OUTPUT, output_quantizer_of, output_quantizers, quantize_output
 from recoup.nn.own_forward import LAYOUTS, QuantOwnForward
 from recoup.nn.recurrent import QuantGRU, QuantLSTM
+from recoup.nn.tied import check_tied, leaves_of, shared_parameters, tied_weights
 from recoup.nn.twin import (
     OneWeight,
     QuantModule,
@@ -146,6 +147,7 @@ __all__ = [
     "call",
     "check_shape",
     "check_surroundings",
+    "check_tied",
     "cut",
     "device_of",
     "evaluating",
@@ -154,6 +156,7 @@ __all__ = [
     "is_experts",
     "is_prepared",
     "kept_by_type",
+    "leaves_of",
     "low_rank_of",
     "make_room",
     "matrices_of",
@@ -173,8 +176,10 @@ __all__ = [
     "remember",
     "routers",
     "seen_bias",
+    "shared_parameters",
     "size_of",
     "take",
+    "tied_weights",
     "type_name",
     "unasked_layers",
     "weight_names",

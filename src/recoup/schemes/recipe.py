@@ -172,6 +172,9 @@ class Recipe(Section):
     scheme: Annotated[Scheme, BeforeValidator(_scheme), _Written]
     task: TaskSettings | None = None
     rules: tuple[Rule, ...] = ()
+    untie: bool = Field(
+        default=False, description="modules that share a Parameter get one each, so that rules may differ"
+    )
     outputs: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="modules whose outputs are quantized too, as the scheme quantizes inputs"
     )

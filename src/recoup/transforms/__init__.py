@@ -2,6 +2,7 @@
 
 from recoup.transforms.fuse import fuse
 from recoup.transforms.smooth import smooth
+from recoup.transforms.untie import untie
 from recoup.transforms.weight_norm import fold_weight_norm
 
-__all__ = ["fold_weight_norm", "fuse", "smooth"]
+__all__ = ["fold_weight_norm", "fuse", "smooth", "untie"]
