@@ -92,6 +92,7 @@ def in_float(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) -> St
 def with_recoup(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) -> Steps:
     import recoup
     from recoup.calibrate import gptq
+    from recoup.transforms import smooth
 
     schemes = {"int4": "w4a8", "int3": "w3a16", "int2": "w2a16", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
     samples = [{"input_ids": ids, "labels": ids} for ids in batches]
@@ -105,9 +106,13 @@ def with_recoup(model: nn.Module, batches: list[Tensor], job: dict[str, Any]) ->
         **job["settings"],
     )
     teacher = copy.deepcopy(model)
-    recoup.prepare(model, recoup.resolve(model, recipe))
+    plan = recoup.resolve(model, recipe)
+    recoup.prepare(model, plan)
 
     def calibrate() -> None:
+        if job["smooth"]:  # as `smooth: true` in a recipe does before `prepare`
+            balanced = smooth(copy.deepcopy(teacher), plan, samples)
+            model.load_state_dict(balanced.state_dict(), strict=False)
         recoup.calibrate(model, samples, observer="mse")
         gptq(model, samples, samples=job["gptq samples"])
 

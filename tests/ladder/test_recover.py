@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from recoup import Plan, Recipe, Result, Samples, calibrate, prepare, ptq, recover, resolve
+from recoup import Plan, Recipe, Result, Rule, Samples, calibrate, prepare, ptq, recover, resolve
 from recoup.engines.onnxruntime import OnnxModel, size_bytes
 from recoup.nn import FakeQuantizer
+from tests.models import Tied, ids
 
 from .conftest import Classifier, batches, labels, recipe, scripted
 from .stand_in import SLOWER, alone
@@ -426,3 +427,9 @@ def test_ptq_is_resolve_prepare_calibrate() -> None:
     assert [name for name, m in minmax.named_modules() if isinstance(m, FakeQuantizer)] == [
         "up.weight_quantizer"
     ]
+
+
+def test_ptq_unties_where_a_recipe_asks() -> None:
+    model, batch = Tied(), ids()
+    ptq(model, Recipe(scheme="w8a16", rules=(Rule(match="tokens", scheme=None),), untie=True), [batch])
+    assert model.lm_head.weight is not model.tokens.weight

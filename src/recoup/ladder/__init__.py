@@ -1,6 +1,7 @@
 """Composition: the whole path from a float model to a proven artefact."""
 
-from recoup.ladder.ladder import Result, ptq, recover
+from recoup.ladder.ladder import Result, recover
+from recoup.ladder.ptq import ptq
 from recoup.ladder.run_folder import outcome_of_part
 from recoup.ladder.standing import Part
 

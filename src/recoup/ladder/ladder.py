@@ -10,7 +10,7 @@ disk before the next one begins: a run that was stopped goes on where it was.
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recoup.calibrate import calibrate
 from recoup.explain import Explanation, explain
 from recoup.export import export, preflight, usable
 from recoup.export.export import writing
@@ -33,39 +32,13 @@ from recoup.ladder.refusals import check_data, check_rungs
 from recoup.ladder.retune import Retuning
 from recoup.ladder.run_folder import PLAN, RunFolder, begun, outcome_of_part
 from recoup.ladder.standing import Part, rungs_of
-from recoup.nn import DEFAULT_SAMPLES, Batch, take, without_labels
+from recoup.nn import Batch, without_labels
 from recoup.prepare import prepare, resolve
 from recoup.progress import busy
-from recoup.schemes import Plan, Recipe, Scheme
+from recoup.schemes import Plan, Recipe
 from recoup.transforms import fuse, smooth, untie
 from recoup.validate import Gate, Report, Rung, Samples, Verdict, html, outcome_of, write
 from recoup.validate.report import is_slower
-
-
-def ptq(
-    model: nn.Module, scheme: Recipe | Scheme | str, batches: Iterable[Batch], *, observer: str = "mse"
-) -> nn.Module:
-    """Post-training quantization in one call: resolve, prepare, calibrate; in place, returns the model.
-
-    Args:
-        model: float.
-        scheme: a preset's name, a scheme or a recipe.
-        batches: up to 512 samples are looked at.
-        observer: see `calibrate`.
-
-    Raises:
-        ValueError: see `resolve` and `calibrate`.
-
-    >>> import torch
-    >>> model = ptq(torch.nn.Sequential(torch.nn.Linear(32, 4)), "w4a8", [torch.randn(8, 32)])
-    >>> model[0].scheme.name
-    'w4a8'
-    """
-    plan = resolve(model, scheme)
-    if isinstance(scheme, Recipe) and scheme.smooth:
-        batches = list(take(batches, DEFAULT_SAMPLES))
-        smooth(model, plan, batches)
-    return calibrate(prepare(model, plan), batches, observer=observer)
 
 
 @dataclass(frozen=True, kw_only=True)
