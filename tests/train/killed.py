@@ -13,11 +13,12 @@ from tests.train.test_train import batches, prepared, settings
 
 
 def work(folder: Path) -> None:
-    """Dropout, learned scales, accumulation, a late start, held-out looks and an early stop."""
+    """Dropout, learned scales, accumulation, a late start, held-out looks, drawn codes, more bits at first."""
     torch.manual_seed(0)
     model, data = prepared("w2a8", weight_ranges="learned", dropout=0.5), batches(5, labels=True)
     given = settings(steps=9, accumulate=2, loss={"task": 0.5, "logits-kl": 0.5}, start_step=1, warmup=2,
-                     evaluate_every=1, early_stop=3, checkpoint_every=2, learning_rate=3e-3)  # fmt: skip
+                     evaluate_every=1, early_stop=3, checkpoint_every=2, learning_rate=3e-3,
+                     rounding="stochastic", progressive=[4])  # fmt: skip
     told: list[dict[str, float]] = []
 
     def record(entry: dict[str, float]) -> None:

@@ -90,8 +90,8 @@ def test_a_training_that_is_killed_anywhere_ends_with_the_same_bits(tmp_path: Pa
     assert found["lost"] == []
     assert found["points"] > 30
     told, _ = json.loads(found["told"])
-    assert [entry["step"] for entry in told] == [0, 1, 2, 3, 4, 5]
-    assert told[2]["held_out"] == min(entry["held_out"] for entry in told)
+    assert [entry["step"] for entry in told] == list(range(9))
+    assert [entry["step"] for entry in told if "held_out" in entry] == [0, 6, 7, 8]  # with its own bits
     assert told[-1]["stopped_early"] == 1.0
     work(tmp_path / "here")  # another process, on the same machine
     assert (tmp_path / "here" / "told.json").read_text() == found["told"]
