@@ -250,3 +250,6 @@ def test_refusals() -> None:
         r"call model.float\(\) first$",
     ):
         smooth(model.half(), plan, [features()])
+    prepare(model.float(), plan)
+    with pytest.raises(ValueError, match=r"^smooth: the model is prepared already; balance the float model"):
+        smooth(model, plan, [features()])

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from recoup.nn import (
     DEFAULT_SAMPLES,
     Batch,
+    Codes,
+    FakeQuantizer,
     call,
     cut,
     device_of,
@@ -111,7 +113,7 @@ def smooth(
         samples: how many to see; see `calibrate`.
 
     Raises:
-        ValueError: no batches, fewer samples than asked, or weights in float16.
+        ValueError: a prepared model; no batches, fewer samples than asked, or weights in float16.
 
     >>> from recoup import resolve
     >>> model, x = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 8)), torch.randn(4, 32)
@@ -121,6 +123,8 @@ def smooth(
     >>> torch.equal(smooth(model, resolve(model, "w4a16"), [x])(x), y), float(norm[3] / norm[4])
     (True, 8.0)
     """
+    if any(isinstance(module, (FakeQuantizer, Codes)) for module in model.modules()):
+        raise ValueError("smooth: the model is prepared already; balance the float model, before prepare")
     asked = [without_labels(batch) for batch in take(batches, samples or DEFAULT_SAMPLES)]
     found = sum(map(size_of, asked))
     if found < (samples or 1):
