@@ -13,7 +13,7 @@ from tests.train.test_train import batches, prepared, settings
 
 
 def work(folder: Path) -> None:
-    """Dropout, learned scales, accumulation, a late start, held-out looks, drawn codes, more bits at first."""
+    """Dropout, learned scales, accumulation, a late start, looks, drawn codes, more bits at first."""
     torch.manual_seed(0)
     model, data = prepared("w2a8", weight_ranges="learned", dropout=0.5), batches(5, labels=True)
     given = settings(steps=9, accumulate=2, loss={"task": 0.5, "logits-kl": 0.5}, start_step=1, warmup=2,
