@@ -163,8 +163,9 @@ def test_two_that_share_a_weight_share_its_codes() -> None:
 def test_a_convolution_with_its_weight_reads_it_the_other_way_round() -> None:
     rules = [("encoder", "w8a8-static"), ("decoder", "w8a8-static")]
     message = (
-        r"^encoder: its weight is tied to that of decoder, which reads it the other way round; keep both in "
-        "float with scheme: none$"
+        r"^encoder: its weight is tied to that of decoder, which reads it the other way round; write "
+        r"untie: true \(recoup.transforms.untie\) to give each its own, or keep both in float with scheme: "
+        "none$"
     )
     with pytest.raises(ValueError, match=message):
         recoup.resolve(Mirrored(nn.Conv2d), recipe("w8a8-static", *rules))
