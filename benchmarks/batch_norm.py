@@ -10,6 +10,7 @@ import copy
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -96,7 +97,8 @@ def prepared(model: Net, batches: list[dict[str, Tensor]]) -> nn.Module:
     return recoup.calibrate(model, [batch["x"] for batch in batches[HELD_OUT:][:8]], observer="mse")
 
 
-def main() -> None:
+def begun() -> tuple[Net, list[dict[str, Tensor]], tuple[Tensor, Tensor]]:
+    """The network in float, its batches and the test images; prints what it scores, and what calibrated."""
     x, labels = images("train", 16_000, seed=0)
     pairs = zip(x.split(BATCH), labels.split(BATCH), strict=True)
     batches = [{"x": x, "labels": labels} for x, labels in pairs]
@@ -104,17 +106,30 @@ def main() -> None:
     model = trained_in_float(batches)
     calibrated = accuracy(prepared(model, batches), test)
     print(f"float {accuracy(model, test):.4f}, calibrated {calibrated:.4f}\n")
+    return model, batches, test
+
+
+def trained(
+    model: Net, batches: list[dict[str, Tensor]], test: tuple[Tensor, Tensor], seed: int, **method: Any
+) -> float:
+    """The accuracy after a training in the order of this seed."""
+    candidate = prepared(model, batches)
+    torch.manual_seed(seed)
+    order = torch.randperm(len(batches) - HELD_OUT).tolist()
+    chosen = [batches[HELD_OUT:][i] for i in order]
+    settings = recoup.TrainSettings.model_validate(QAT | method)
+    recoup.train(candidate, chosen, settings, held_out=batches[:HELD_OUT])
+    return accuracy(candidate, test)
+
+
+def main() -> None:
+    model, batches, test = begun()
     print("| loss | seed | norms | accuracy |\n|---|--:|---|--:|")
     for loss in ("task", "logits-kl"):
         for seed in range(SEEDS):
             for name, batch_norm in NORMS.items():
-                candidate = prepared(model, batches)
-                torch.manual_seed(seed)
-                order = torch.randperm(len(batches) - HELD_OUT).tolist()
-                settings = recoup.TrainSettings.model_validate(QAT | {"loss": loss, "batch_norm": batch_norm})
-                chosen = [batches[HELD_OUT:][i] for i in order]
-                recoup.train(candidate, chosen, settings, held_out=batches[:HELD_OUT])
-                print(f"| {loss} | {seed} | {name} | {accuracy(candidate, test):.4f} |", flush=True)
+                found = trained(model, batches, test, seed, loss=loss, batch_norm=batch_norm)
+                print(f"| {loss} | {seed} | {name} | {found:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ CPU time, so that one that never ends stops no others.
 import argparse
 import importlib
 import json
+import re
 import signal
 import time
 import warnings
@@ -123,7 +124,8 @@ def _found(kind: str) -> Found:
     except OutOfTimeError:
         raise
     except Exception as error:  # noqa: BLE001 (whatever a default config lacks)
-        return Found(unbuilt=f"{type(error).__name__}: {error}".splitlines()[0])
+        said = re.sub(r" from '[^']*'", "", str(error))  # where a module lies on this machine
+        return Found(unbuilt=f"{type(error).__name__}: {said}".splitlines()[0])
     try:
         return looked_at(fold_weight_norm(model))
     except ValueError as error:
