@@ -128,6 +128,7 @@ def test_every_matrix_is_quantized_trains_and_keeps_its_name(build: Any) -> None
 
 
 @every_kind
+@torch.no_grad()  # weights with gradients have other kernels in torch, and on some processors other bits
 def test_converting_changes_no_bit_and_codes_survive_copies_and_casts(build: Any) -> None:
     model, x = ready(build), sequences()
     expected = model(x)

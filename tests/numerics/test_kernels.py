@@ -24,6 +24,7 @@ from recoup.numerics.kernels import KERNELS, compiled, kept
 from recoup.numerics.kernels.carrier import carrier_of
 from recoup.numerics.kernels.choose import WORTH_COMPILING
 from recoup.numerics.kernels.kept import may_saturate, pack_bits, unpack_bits, with_nan
+from recoup.numerics.kernels.place import place
 
 from .tables import SPECS, numbers_of, over, sample
 from .test_gradients import LEARNED
@@ -295,7 +296,11 @@ def test_compiled_kernels_give_the_same_bytes(names: str, more: str) -> None:
 
 MANY_WIDTHS = """
 import torch
-torch._inductor.standalone_compile = lambda graph, examples, options: graph  # what was traced, in eager torch
+from torch._inductor import compile_fx as inductor
+
+# What was traced, in eager torch.
+inductor.compile_fx = lambda graph, examples, *, inner_compile, **_: inner_compile(graph)
+inductor.compile_fx_inner = lambda graph: lambda given: graph(*given[len([*graph.buffers()]):])
 from recoup.numerics import *
 from recoup.numerics.kernels import KERNELS, compiled
 from recoup.schemes import PRESETS
@@ -317,9 +322,14 @@ for name in ("w8a8", "w4a16", "w8a8-static!", "w8a8!", "nvfp4!", "fp8-block"):
             wide, tall = torch.cat([x, x], dim=1)[:, :width], x.T.contiguous().T  # views with other strides
             for view in (wide, tall) if rows else ():
                 assert torch.equal(made.keep(view, qparams, spec, None).values, codes.values)
-            again = made.keep(x * 0.5, qparams, spec, codes.values)
+            again = made.keep(x * 0.5, qparams, spec, codes)
             assert again.values is codes.values
             assert torch.equal(made.restore(again, y), fake_quantize(x * 0.5, qparams, spec))
+            if rows and spec.ranges == "static":
+                qparams.scale.mul_(0.5)  # in place, and then other ones
+                for scales in (qparams, qparams_of(3 * x, spec)):
+                    again = made.keep(x, scales, spec, again)
+                    assert torch.equal(made.restore(again, y), fake_quantize(x, scales, spec))
 print("all of them", len(compiled._kernels))
 """
 
@@ -350,3 +360,12 @@ def test_without_a_compiler_compiled_is_refused_and_auto_says_why(monkeypatch: p
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="impl 'fast' asked; there are auto, reference, fused, compiled"):
         kernels.choose("fast", CPU, 1)
+
+
+def test_a_place_is_the_same_memory_until_it_has_to_grow() -> None:
+    cpu = torch.device("cpu")
+    small, flat = (place("test", torch.Size(shape), torch.float32, cpu) for shape in ((2, 8), (16,)))
+    assert small.data_ptr() == flat.data_ptr()
+    large = place("test", torch.Size((4, 8)), torch.float32, cpu)
+    assert place("test", torch.Size((2, 8)), torch.float32, cpu).data_ptr() == large.data_ptr()
+    assert place("other", torch.Size((4, 8)), torch.float32, cpu).data_ptr() != large.data_ptr()

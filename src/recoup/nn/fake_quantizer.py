@@ -124,7 +124,9 @@ class FakeQuantizer(LatticeState):
             raise NonFiniteError(self.path) from None
 
     @torch.no_grad()
-    def kept(self, view: Tensor, qparams: QParams | None = None, over: Tensor | None = None) -> kernels.Kept:
+    def kept(
+        self, view: Tensor, qparams: QParams | None = None, before: kernels.Kept | None = None
+    ) -> kernels.Kept:
         """The codes of a 2-D view as bytes, by the kernels that were chosen; see `kernels.kept.keep`.
 
         Raises:
@@ -134,7 +136,7 @@ class FakeQuantizer(LatticeState):
             qparams = self.qparams(view) if qparams is None else qparams
             view = drawn(view, qparams, self.spec, self.seed)
         try:
-            return kernels.KERNELS[self.impl].keep(view, qparams, self.spec, over)
+            return kernels.KERNELS[self.impl].keep(view, qparams, self.spec, before)
         except kernels.NotFiniteError:
             raise NonFiniteError(self.path) from None
 

@@ -15,25 +15,29 @@ from recoup.nn.kept_weight import kept_weight
 from recoup.numerics import LowRank, QParams
 from recoup.numerics.kernels import KERNELS, Kept, linear, matrices
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def fuses(x: Tensor, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> bool:
     """The layer's quantizers would do what `fused_linear` does, and nothing else; and there is an input."""
     return (
         type(weight_quantizer) is FakeQuantizer
         and weight_quantizer.impl != "reference"
-        and type(input_quantizer) in (FakeQuantizer, nn.Identity)
+        and _alone(weight_quantizer)
+        and (type(input_quantizer) is nn.Identity or type(input_quantizer) is FakeQuantizer)
+        and _alone(input_quantizer)
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not any(map(listened_to, (input_quantizer, weight_quantizer)))
-        and all(getattr(quantizer, "enabled", True) for quantizer in (input_quantizer, weight_quantizer))
     )
+
+
+def _alone(quantizer: nn.Module) -> bool:
+    return getattr(quantizer, "enabled", True) and not listened_to(quantizer)
 
 
 def listened_to(quantizer: nn.Module) -> bool:
     """Somebody has a hook on it, as `calibrate` has."""
-    return any(getattr(quantizer, hooks) for hooks in _HOOKS)
+    held = vars(quantizer)
+    forward = held["_forward_hooks"] or held["_forward_pre_hooks"]
+    return bool(forward or held["_backward_hooks"] or held["_backward_pre_hooks"])
 
 
 def fused_linear(

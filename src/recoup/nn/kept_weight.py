@@ -81,20 +81,20 @@ def kept_weight(
     times = _steps, quantizer.loads, quantizer.seed, versions
     found = _kept.get(quantizer)
     if found is None or (found.spec, found.impl, found.places) != (quantizer.spec, quantizer.impl, places):
-        over, references = None, [StorageWeakRef(storage) for storage in storages]
+        before, references = None, [StorageWeakRef(storage) for storage in storages]
     elif found.times != times:
         # A tensor that was written to in place has no gradient from before any more, and so its bytes too
         # may be written over. Another tensor's may be needed still.
-        over, references = found.codes.values, found.references
+        before, references = found.codes, found.references
     else:
         return found.codes
     with torch.no_grad():
-        codes = _decided(quantizer, merged(view, low_rank), over)
+        codes = _decided(quantizer, merged(view, low_rank), before)
     _kept[quantizer] = _Entry(quantizer.spec, quantizer.impl, references, places, times, codes)
     return codes
 
 
-def _decided(quantizer: FakeQuantizer, weight: Tensor, over: Tensor | None = None) -> Kept:
-    if over is not None:
-        torch.autograd.graph.increment_version(over)  # so that a backward pass from before notices
-    return quantizer.kept(weight, quantizer.qparams(weight), over)
+def _decided(quantizer: FakeQuantizer, weight: Tensor, before: Kept | None = None) -> Kept:
+    if before is not None:
+        torch.autograd.graph.increment_version(before.values)  # so that a backward pass from before notices
+    return quantizer.kept(weight, quantizer.qparams(weight), before)

@@ -154,7 +154,8 @@ def dequantize(codes: Shaped[Tensor, "r c"], qparams: QParams, spec: QuantSpec) 
 
 def is_finite(x: Tensor) -> bool:
     """No NaN and no infinity, asked in one pass; an answer, so it waits for the device."""
-    return x.numel() == 0 or all(math.isfinite(bound.item()) for bound in x.aminmax())
+    bounds = x.aminmax() if x.numel() > 1 else [x] * x.numel()
+    return all(math.isfinite(bound.item()) for bound in bounds)
 
 
 def position(

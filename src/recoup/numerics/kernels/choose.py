@@ -21,7 +21,7 @@ WORTH_COMPILING = 2**24
 class Kernels:
     """The three operations that training needs of a quantized tensor; `kept.py` says what they do."""
 
-    keep: Callable[[Tensor, QParams | None, QuantSpec, Tensor | None], Kept]
+    keep: Callable[[Tensor, QParams | None, QuantSpec, Kept | None], Kept]
     restore: Callable[[Kept, Tensor], Tensor]
     clip_: Callable[[Tensor, Kept], Tensor]
 

@@ -16,7 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from recoup.numerics.spec import QParams, QuantSpec
 
 Found = tuple[Tensor | None, ...]
 Function = Callable[..., Found]
+# A kernel, and what it is given of a tensor's bytes and scales.
+Known = tuple[Callable[..., Found], Found]
 
 _AS_EAGER: dict[str, Any] = {"eager_numerics.division_rounding": True, "emulate_precision_casts": True}
 _kernels: dict[tuple[Any, ...], Callable[..., Found]] = {}
@@ -51,43 +53,60 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def keep(x: Tensor, qparams: QParams | None, spec: QuantSpec, over: Tensor | None) -> Kept:
+def keep(x: Tensor, qparams: QParams | None, spec: QuantSpec, before: Kept | None) -> Kept:
     """See `kept.keep`."""
     if x.numel() == 0:
-        return eager.keep(x, qparams, spec, over)
-    if over is None:
-        over = torch.empty(x.shape, dtype=carrier_of(spec.format).dtype, device=x.device)
+        return eager.keep(x, qparams, spec, before)
+    values, known = eager.room_for(x, spec, before), dict[Any, Known]()
     one, lines = _lines(x.detach(), spec)
-    places = lines, over.view(lines.shape)
     if qparams is None:
-        saturated, *found = _run(_choose_and_encode, one, *places)
+        saturated, *found = _run(_choose_and_encode, one, lines, values.view(lines.shape))
         qparams = _blocks(found, spec.granularity.scale_shape(*x.shape))
         bounds = qparams.scale
     else:
         qparams = eager.loud(x, qparams, spec)
-        saturated, bounds = _run(_encode, one, *places, *_rows(qparams, spec))
+        if before is not None and all(map(_same_memory, _parts(qparams), _parts(before.qparams))):
+            known = before.known
+        key = _encode, x.dtype, torch.get_num_threads()
+        if key not in known:
+            places = values.view(lines.shape), *_rows(qparams, spec)
+            known[key] = _kernel_for(_encode, one, lines, *places), places
+        kernel, places = known[key]
+        saturated, bounds = kernel(lines, *places)
     assert bounds is not None, "both kernels give bounds"
     if x.device.type == "cpu" and not is_finite(bounds):
         raise NotFiniteError
     bits = None if saturated is None else pack_bits(saturated)
-    return Kept(values=over, qparams=qparams, spec=spec, saturated=bits)
+    return Kept(values=values, qparams=qparams, spec=spec, saturated=bits, known=known)
 
 
 def restore(kept: Kept, out: Tensor) -> Tensor:
     """See `kept.restore`."""
     if out.numel() == 0 or not _reads_bytes(out.device):
         return eager.restore(kept, out)
-    one, lines = _lines(kept.values, kept.spec)
-    _run(_decode, one, lines, out.view(lines.shape), *_rows(kept.qparams, kept.spec))
+    key = _decode, out.dtype, torch.get_num_threads()
+    if key not in kept.known:
+        one, lines = _lines(kept.values, kept.spec)
+        scales = _rows(kept.qparams, kept.spec)
+        kernel = _kernel_for(_decode, one, lines, out.view(lines.shape), *scales)
+        kept.known[key] = kernel, (lines, *scales)
+    kernel, (lines, *scales) = kept.known[key]
+    assert lines is not None, "bytes"
+    kernel(lines, out.view(lines.shape), *scales)
     return out
 
 
 def clip_(grad: Tensor, kept: Kept) -> Tensor:
     """See `kept.clip_`."""
-    simple = kept.saturated is None and may_saturate(kept.spec, kept.carrier)
-    if grad.numel() == 0 or not simple or not _reads_bytes(grad.device):
-        return eager.clip_(grad, kept)
-    _run(_clip, kept.spec, kept.values.view(-1), grad.view(-1))
+    key = _clip, grad.dtype, torch.get_num_threads()
+    if key not in kept.known:
+        simple = kept.saturated is None and may_saturate(kept.spec, kept.carrier)
+        if grad.numel() == 0 or not simple or not _reads_bytes(grad.device):
+            return eager.clip_(grad, kept)
+        values = kept.values.view(-1)
+        kept.known[key] = _kernel_for(_clip, kept.spec, values, grad.view(-1)), (values,)
+    kernel, (values,) = kept.known[key]
+    kernel(values, grad.view(-1))
     return grad
 
 
@@ -115,26 +134,32 @@ def _clip(spec: QuantSpec, carrier: Carrier, values: Tensor, grad: Tensor) -> Fo
     return ()
 
 
+@cache
 def _reads_bytes(device: torch.device) -> bool:
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _run(function: Function, spec: QuantSpec, *tensors: Tensor | None) -> Found:
     """One of the functions above, by its kernel."""
+    return _kernel_for(function, spec, *tensors)(*tensors)
+
+
+def _kernel_for(function: Function, spec: QuantSpec, *tensors: Tensor | None) -> Callable[..., Found]:
+    """The kernel of a function, made when it is first asked for."""
     # The axis of any length: the last one of a single block or a single axis, else the rows.
     along = -1 if spec.granularity == per_tensor or function is _clip else 0
     first = tensors[0]
     assert first is not None, "there is something to read"
     if first.shape[along] == 1:  # which is a size of its own to whoever traces
-        return function(spec, carrier_of(spec.format), *tensors)
+        return partial(function, spec, carrier_of(spec.format))
     width = 0 if along == -1 else first.shape[1]
     # One row of blocks has one row of scales: that size is a constant to whoever traces, too.
-    kinds = tuple(t if t is None else (t.dtype, t.shape[along:][:1] == (1,)) for t in tensors)
+    kinds = tuple([None if t is None else (t.dtype, t.shape[along:][:1] == (1,)) for t in tensors])
     key = (function, spec, width, kinds, first.device, torch.get_num_threads())
     kernel = _kernels.get(key)
     if kernel is None:
         kernel = _kernels[key] = _kernel(function, spec, along, tensors)
-    return kernel(*tensors)
+    return kernel
 
 
 def _kernel(
@@ -142,7 +167,8 @@ def _kernel(
 ) -> Callable[..., Found]:
     """A function, compiled for tensors like these, with any number of elements along one axis."""
     # Imported late: they take a second, which `import recoup` need not.
-    from torch._inductor import standalone_compile
+    import torch._functorch.config as autograd_config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -164,17 +190,30 @@ def _kernel(
         goes[:] = [tensor is not None for tensor in found]
         return tuple(tensor for tensor in found if tensor is not None)
 
+    made: list[Callable[[list[Tensor]], Sequence[Tensor]]] = []
+
+    def compile_inner(*graph: Any, **options: Any) -> Any:
+        made.append(compile_fx_inner(*graph, **options))
+        return made[-1]
+
     with torch.inference_mode(False), torch.no_grad():  # whoever calls first, the kernel serves all
         fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
         examples = [symbolic(tensor) for tensor in tensors if tensor is not None]
         with fake:
             graph = make_fx(traced)(*examples)
+        tables = [*graph.buffers()]  # of a format's values, which the kernel takes first
         assert not isinstance(examples[0].shape[along], int), "traced for one size"
-        run = standalone_compile(graph, [*examples], options={"config_patches": _AS_EAGER})
+        # What is remembered of the layers around a kernel would be given back without it.
+        with autograd_config.patch(enable_autograd_cache=False):
+            compile_fx(graph, examples, inner_compile=compile_inner, config_patches=_AS_EAGER)
+    (run,) = made
 
     def kernel(*tensors: Tensor | None) -> Found:
-        each = iter(run(*(tensor for tensor in tensors if tensor is not None)))
-        return tuple(next(each) if there else None for there in goes)
+        found = run([*tables, *[tensor for tensor in tensors if tensor is not None]])
+        if not goes:
+            return ()
+        each = iter(found)
+        return tuple([next(each) if there else None for there in goes])
 
     return kernel
 
@@ -204,6 +243,11 @@ def _blocks(rows: Sequence[Tensor | None], shape: tuple[int, int]) -> QParams:
     """The inverse of `_rows`."""
     *blocks, global_scale = rows
     return _qparams((*(None if tensor is None else tensor.reshape(shape) for tensor in blocks), global_scale))
+
+
+def _same_memory(now: Tensor | None, before: Tensor | None) -> bool:
+    """And views of it, which `_rows` makes unless it has to copy."""
+    return now is before and (now is None or now.is_contiguous())
 
 
 def _parts(qparams: QParams) -> tuple[Tensor | None, ...]:

@@ -170,7 +170,8 @@ class _Linear(torch.autograd.Function):
             x = kernels.restore(codes_of_x, room).view(x.shape)
         values = kernels.restore(codes_of_weight, place("weight", weight.shape, weight.dtype, x.device))
         y = F.linear(x, _laid(values, ctx.transposed), bias)
-        return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be written to in place afterwards
+        # A view could not be written to in place afterwards.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # pyright: ignore[reportPrivateUsage]
 
     @staticmethod
     @once_differentiable

@@ -10,7 +10,8 @@ read once and written once; and in place, because fresh memory costs more than w
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -41,12 +42,14 @@ class Kept:
         spec: the lattice.
         saturated: where the bytes do not tell, one bit for each value, eight to a byte; None where they tell
             or nothing can saturate.
+        known: what an implementation has found out about them, for the next time.
     """
 
     values: Shaped[Tensor, "r c"]
     qparams: QParams
     spec: QuantSpec
     saturated: Tensor | None
+    known: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False, compare=False)
 
     @property
     def carrier(self) -> Carrier:
@@ -63,16 +66,14 @@ class NotFiniteError(ValueError):
     """A tensor holds NaN or infinity, which no byte can say."""
 
 
-def keep(
-    x: Float[Tensor, "r c"], qparams: QParams | None, spec: QuantSpec, over: Shaped[Tensor, "r c"] | None
-) -> Kept:
+def keep(x: Float[Tensor, "r c"], qparams: QParams | None, spec: QuantSpec, before: Kept | None) -> Kept:
     """Quantize x to kept bytes.
 
     Args:
         x: what is quantized.
         qparams: with which; None takes those of x's own values.
         spec: the lattice.
-        over: kept bytes that nobody needs any more, to be written over; None makes new ones.
+        before: kept bytes that nobody needs any more, to be written over; None makes new ones.
 
     Raises:
         NotFiniteError: x is not finite. Only on a CPU: elsewhere an answer would have to be waited for, and
@@ -91,7 +92,7 @@ def keep(
     qparams = loud(x, qparams_of(x, spec) if qparams is None else qparams, spec)
     if x.device.type == "cpu" and not is_finite(qparams.scale if spec.ranges == "dynamic" else x):
         raise NotFiniteError
-    values = torch.empty(x.shape, dtype=carrier.dtype, device=x.device) if over is None else over
+    values = room_for(x, spec, before)
     bits: list[Tensor] = []
     for rows, of_rows in _pieces(x, qparams, spec):
         work = place("position", x[rows].shape, torch.float32, x.device)
@@ -100,6 +101,13 @@ def keep(
             bits.append(saturated)
     packed = pack_bits(torch.cat(bits)) if bits else None
     return Kept(values=values, qparams=qparams, spec=spec, saturated=packed)
+
+
+def room_for(x: Float[Tensor, "r c"], spec: QuantSpec, before: Kept | None) -> Shaped[Tensor, "r c"]:
+    """Where the bytes go: over those from before, if there are any."""
+    if before is not None:
+        return before.values
+    return torch.empty(x.shape, dtype=carrier_of(spec.format).dtype, device=x.device)
 
 
 def loud(x: Float[Tensor, "r c"], qparams: QParams, spec: QuantSpec) -> QParams:
@@ -251,5 +259,5 @@ def _pieces(x: Tensor, qparams: QParams, spec: QuantSpec) -> Iterator[tuple[slic
 
 
 def _of_rows(qparams: QParams, rows: slice) -> QParams:
-    held = {field.name: getattr(qparams, field.name) for field in fields(qparams)}
+    held = {each.name: getattr(qparams, each.name) for each in fields(qparams)}
     return replace(qparams, **{k: v[rows] for k, v in held.items() if v is not None and v.ndim == 2})

@@ -1,16 +1,23 @@
 """Memory for values that one operation needs, and nobody after it."""
 
 import threading
-from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-_held = threading.local()
+# By name and dtype: the memory, and views of it by shape.
+_Held = dict[tuple[str, torch.dtype], tuple[Tensor, dict[torch.Size, Tensor]]]
 
 
-def place(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+class _Places(threading.local):
+    def __init__(self) -> None:
+        self.held: _Held = {}
+
+
+_places = _Places()
+
+
+def place(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialized tensor. On a CPU, the next place of that name is the same memory.
 
     So it lies in the cache, and the system need not find and clear pages for it: in a training step that
@@ -18,8 +25,12 @@ def place(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.dev
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    held, slot, count = vars(_held), f"{name} {dtype}", torch.Size(shape).numel()
-    if slot not in held or held[slot].numel() < count:
-        with torch.inference_mode(False):  # or it could never be written to outside of it
-            held[slot] = torch.empty(count, dtype=dtype, device=device)
-    return cast(Tensor, held[slot][:count].view(shape))
+    held = _places.held.get((name, dtype))
+    if held is not None and (view := held[1].get(shape)) is not None:
+        return view
+    count = shape.numel()
+    with torch.inference_mode(False):  # or it could never be written to outside of it
+        if held is None or held[0].numel() < count:
+            held = _places.held[name, dtype] = torch.empty(count, dtype=dtype, device=device), {}
+        view = held[1][shape] = held[0][:count].view(shape)
+    return view
