@@ -3,8 +3,9 @@
 The values are the same, bit for bit: inductor is told to divide and to round as eager torch does. A kernel is
 made when it is first used, for one lattice, one width and one dtype, and serves any number of rows. It is
 called directly, without the guards of `torch.compile` and autograd's layers, which take longer than a kernel
-over a small weight; what they would guard is in the key of `_kernel_for`. Which kernel serves a tensor's bytes, and
-by which views, is remembered with them (`Kept.known`): between two products of matrices, Python is slow.
+over a small weight; what they would guard is in the key of `_kernel_for`. Which kernel serves a tensor's
+bytes, and by which views, is remembered with them (`Kept.known`): between two products of matrices, Python
+is slow.
 
 Bytes are read back by a kernel only where inductor has an instruction for it. With AVX2 it loads eight of
 them by way of the stack, which made restoring 106 M values take 0.23 s against 0.03 s of torch's own copy
