@@ -84,8 +84,11 @@ def recovered(name: str, cells: dict[str, Any], steps: int, learning_rate: float
             cell = cells.get(cell_name(name, tool, format_, steps, learning_rate))
             if cell is None:
                 continue
-            row = {"format": format_, "tool": tool, **cell}
-            row |= {"float": control["float"], "float trained": control["trained"]}
+            row = {"format": format_, "tool": tool, **cell, "float": control["float"]}
+            row["float trained"] = control["trained"]
+            if "float accuracy" in control:
+                row["float accuracy"] = control["float accuracy"]
+                row["float trained accuracy"] = control["trained accuracy"]
             if "trained" in cell:
                 lost = cell["round-to-nearest"] - control["float"]
                 row["recovered"] = 1 - (cell["trained"] - control["trained"]) / lost
@@ -97,8 +100,8 @@ def as_text(name: str, rows: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
     subject = SUBJECTS[name]
     lines = [
-        f"{subject.NAME}, {subject.METRIC}: float {written(rows[0]['float'])}, "
-        f"float trained in the same way {written(rows[0]['float trained'])}",
+        f"{subject.NAME}, {subject.METRIC}: float {looked(rows[0], 'float')}, float trained in the same way "
+        f"{looked(rows[0], 'float trained')}",
         "",
         "| format | tool | round-to-nearest | calibrated | trained | recovered | training, CPU s |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -106,13 +109,19 @@ def as_text(name: str, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [subject.FORMATS[row["format"]], row["tool"]]
         if "trained" in row:
-            calibrated = next((written(row[way]) for way in ("gptq", "mse") if way in row), "")
-            cells += [written(row["round-to-nearest"]), calibrated, written(row["trained"])]
+            calibrated = next((looked(row, way) for way in ("gptq", "mse") if way in row), "")
+            cells += [looked(row, "round-to-nearest"), calibrated, looked(row, "trained")]
             cells += [f"{row['recovered']:.0%}", f"{row['trained cpu seconds']:.0f}"]
         else:
             cells += [f"fails: {row['error'][:80]}", "", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def looked(row: dict[str, Any], name: str) -> str:
+    """The metric, and the accuracy where there is one."""
+    accuracy = row.get(f"{name} accuracy")
+    return written(row[name]) + ("" if accuracy is None else f" ({accuracy:.1%})")
 
 
 def written(value: float) -> str:

@@ -17,7 +17,7 @@ from qat_quality_encoder import measure as measure
 from torch import Tensor, nn
 
 NAME, METRIC, BATCH = "EfficientNet-Lite0", "cross-entropy", "32 images of 65 x 65"
-STEPS, LEARNING_RATE = 60, 5e-4
+STEPS, LEARNING_RATE = 60, 1e-4
 FORMATS = {
     "int4": "int4 weights per channel, uint8 static inputs",
     "int3": "int3 weights per channel, uint8 static inputs",

@@ -149,7 +149,7 @@ def with_torchao(model: nn.Module, batches: Batches, job: Job) -> tuple[nn.Modul
     return model, {"round-to-nearest": prepare, "trained": lambda: train_plainly(model, batches, job)}
 
 
-def with_torchao_on_a_program(model: nn.Module, batches: Batches, job: Job) -> tuple[nn.Module, Steps]:
+def with_torchao_on_a_program(model: Any, batches: Batches, job: Job) -> tuple[nn.Module, Steps]:
     """QAT of an exported program, which knows convolutions; ranges of inputs follow every batch."""
     from torchao.quantization import pt2e
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
