@@ -20,7 +20,6 @@ NAME, METRIC, BATCH = "EfficientNet-Lite0", "cross-entropy", "32 images of 65 x 
 STEPS, LEARNING_RATE = 60, 1e-4
 FORMATS = {
     "int4": "int4 weights per channel, uint8 static inputs",
-    "int3": "int3 weights per channel, uint8 static inputs",
 }
 # What was chosen for the language model, but that GPTQ moves no convolution; and norms are kept in training.
 RECOUP: dict[str, Any] = {
