@@ -160,14 +160,16 @@ def draw(name: str, rows: list[dict[str, Any]], steps: int) -> None:
         axes.set_xscale("log")
     axes.set_yticks(range(len(formats)), [subject.FORMATS[format_] for format_ in formats])
     axes.set_ylim(len(formats) - 0.5, -0.5)
-    axes.set_xlabel(f"{subject.METRIC}, lower is better; line: float trained in the same way, dotted: float")
+    figure.supxlabel(
+        f"{subject.METRIC}, lower is better; line: float trained in the same way, dotted: float", size=9
+    )
     handles = [
         plt.Line2D([], [], color=c, marker="o", label=f"{tool}, trained") for tool, c in colours.items()
     ]
     handles.append(plt.Line2D([], [], color="#777", marker="o", mfc="white", ls="", label="round-to-nearest"))
     figure.legend(handles=handles, fontsize=8, frameon=False, loc="outside lower right", ncols=3)
     title = f"{subject.NAME}, {steps} steps of {subject.BATCH}; in brackets: recovered"
-    axes.set_title(title, size=10, loc="left")
+    figure.suptitle(title, size=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     ending = "" if name == "language model" else f"_{name}"
