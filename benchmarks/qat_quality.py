@@ -160,7 +160,7 @@ def draw(name: str, rows: list[dict[str, Any]], steps: int) -> None:
         axes.set_xscale("log")
     axes.set_yticks(range(len(formats)), [subject.FORMATS[format_] for format_ in formats])
     axes.set_ylim(len(formats) - 0.5, -0.5)
-    figure.supxlabel(
+    axes.set_xlabel(
         f"{subject.METRIC}, lower is better; line: float trained in the same way, dotted: float", size=9
     )
     handles = [
