@@ -161,7 +161,9 @@ def draw(name: str, rows: list[dict[str, Any]], steps: int) -> None:
     axes.set_yticks(range(len(formats)), [subject.FORMATS[format_] for format_ in formats])
     axes.set_ylim(len(formats) - 0.5, -0.5)
     axes.set_xlabel(
-        f"{subject.METRIC}, lower is better; line: float trained in the same way, dotted: float", size=9
+        f"{subject.METRIC}, lower is better; line: float trained in the same way, dotted: float",
+        size=8,
+        loc="right",
     )
     handles = [
         plt.Line2D([], [], color=c, marker="o", label=f"{tool}, trained") for tool, c in colours.items()
