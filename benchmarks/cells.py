@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS, SCRATCH = HERE / "results", HERE / "scratch"
 # Of a job, what says where things lie on this machine: nothing to anybody else.
-PLACES = {"model", "tokens", "artefacts"}
+PLACES = {"model", "data", "artefacts"}
 # How a traceback ends, where the message may go on for more lines.
 RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
 
@@ -33,6 +33,8 @@ def measured(
 ) -> dict[str, Job]:
     """All cells that the file of results holds, once every job is among them.
 
+    The file says on which machine it was begun; a cell that was measured on another one says so itself.
+
     Args:
         file: of results; written after every cell.
         script: what a cell's process runs, a file beside this one; it gets the job as JSON and ends its
@@ -42,13 +44,16 @@ def measured(
         environment: variables that are set for these processes.
     """
     done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    done["machine"] = machine(threads)
+    here = machine(threads)
+    done.setdefault("machine", here)
     cells = done.setdefault("cells", {})
     for name, (python, job) in jobs.items():
         if name in cells and "error" not in cells[name]:
             continue
         print(name, file=sys.stderr, flush=True)
         cells[name] = run(python, script, job, environment or {})
+        if done["machine"] != here:
+            cells[name]["machine"] = here
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(done, indent=1) + "\n")
     return cells

@@ -1,12 +1,12 @@
 """How much of the quality lost to quantization comes back in a few steps of training: recoup next to torchao.
 
-    .venv/bin/python benchmarks/qat_quality.py              all of it, about an hour and a half on two cores
-    .venv/bin/python benchmarks/qat_quality.py --formats int4 --steps 40
+    .venv/bin/python benchmarks/qat_quality.py              all of it, about two hours on two cores
+    .venv/bin/python benchmarks/qat_quality.py --subjects encoder --formats int2 --threads 1
 
-SmolLM2-135M on State-of-the-Union addresses, test speeches from later years than training ones. Every cell
-of the table is a process of its own (`qat_quality_job.py`): perplexity of float, round-to-nearest and
-trained, 40 steps of 2 x 256 tokens. The control is the float model trained in the same way, so that getting
-used to the text is not taken for recovery:
+Three subjects, each in a file of its own: a language model, an encoder and a convolutional network. Every
+cell of their tables is a process of its own (`qat_quality_job.py`): the metric of float, round-to-nearest
+and trained. The control is the float model trained in the same way, so that getting used to the data is not
+taken for recovery:
 
     recovered = 1 - (trained - float trained) / (round-to-nearest - float)
 
@@ -15,65 +15,47 @@ measured again: remove results/qat_quality.json, or the cell in it, to repeat it
 """
 
 import argparse
-import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cells import RESULTS, SCRATCH, Job, measured, python_of
+from qat_quality_job import SUBJECTS
 
-FORMATS = ("int4", "int3", "int2", "mxfp4", "nvfp4")
 TOOLS = ("recoup", "torchao")
-TRAIN_WINDOW, TEST_WINDOW, TEST_WINDOWS = 256, 512, 24
-LOOKS = {
-    "int4": "int4 g32 weights, int8 dynamic inputs",
-    "int3": "int3 g32 weights",
-    "int2": "int2 g32 weights",
-    "mxfp4": "MXFP4 weights and inputs",
-    "nvfp4": "NVFP4 weights and inputs",
-}
-# The same for every format: the rungs gptq and qat of a recipe with these keys, on the training text alone.
-# Channels are balanced where inputs are quantized, too; weights alone fare better without (int2: 464 to 702).
-RECOUP: dict[str, Any] = {
-    "recipe": {"weight_ranges": "learned"},
-    "settings": {"loss": {"task": 0.8, "logits-kl": 0.2}, "scale_learning_rate": 2e-4},
-    "gptq samples": 80,
-}
-SMOOTH = ("int4", "mxfp4", "nvfp4")
 # glibc would hand the memory of every large tensor back to the kernel, and pay for its pages again.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=[*SUBJECTS])
+    parser.add_argument("--formats", nargs="+", help="of those of the subjects; all of them where absent")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--steps", type=int, help="the subject's own where absent")
+    parser.add_argument("--learning-rate", type=float, help="the subject's own where absent")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
-
-    model, tokens = prepare(SCRATCH, asked.steps)
     pythons = {"recoup": sys.executable, "float": sys.executable}
     if "torchao" in asked.tools:
         pythons["torchao"] = python_of("torchao")
+    for subject in asked.subjects:
+        measure(subject, asked, pythons)
+
+
+def measure(name: str, asked: argparse.Namespace, pythons: dict[str, str]) -> None:
+    """The table of one subject, printed and drawn."""
+    subject = SUBJECTS[name]
+    formats = [format_ for format_ in subject.FORMATS if format_ in (asked.formats or subject.FORMATS)]
+    steps, rate = asked.steps or subject.STEPS, asked.learning_rate or subject.LEARNING_RATE
+    places = subject.prepare(SCRATCH, steps)
     jobs: dict[str, tuple[str, Job]] = {}
-    for tool, format_ in [("float", "float32"), *((t, f) for f in asked.formats for t in asked.tools)]:
-        name = f"{tool} {format_}, {asked.steps} steps, learning rate {asked.learning_rate:g}"
-        jobs[name] = (
+    for tool, format_ in [("float", "float32"), *((t, f) for f in formats for t in asked.tools)]:
+        recoup = {**subject.RECOUP, "smooth": format_ in subject.SMOOTH} if tool == "recoup" else {}
+        job = {"subject": name, "tool": tool, "format": format_, "steps": steps, "learning_rate": rate}
+        jobs[cell_name(name, tool, format_, steps, rate)] = (
             pythons[tool],
-            {
-                "tool": tool,
-                "format": format_,
-                "steps": asked.steps,
-                "learning_rate": asked.learning_rate,
-                "threads": asked.threads,
-                "model": str(model),
-                "tokens": str(tokens),
-                **({**RECOUP, "smooth": format_ in SMOOTH} if tool == "recoup" else {}),
-            },
+            job | {"threads": asked.threads} | places | recoup,
         )
     cells = measured(
         RESULTS / "qat_quality.json",
@@ -82,49 +64,31 @@ def main() -> None:
         threads=asked.threads,
         environment=KEEP_MEMORY,
     )
-    table = recovered(cells, asked.steps, asked.learning_rate)
-    print(as_text(table))
-    draw(table, RESULTS / "qat_quality.svg", f"{asked.steps} steps of 2 x 256 tokens")
+    rows = recovered(name, cells, steps, rate)
+    print(as_text(name, rows))
+    draw(name, rows, steps)
 
 
-def prepare(work: Path, steps: int) -> tuple[Path, Path]:
-    """The model's folder and the tokens, made once: train (blocks, 2, 256), test (24, 512)."""
-    from transformers import AutoTokenizer
-
-    from recoup.tasks.assets import fetch
-
-    model, text = fetch("smollm2-135m"), fetch("sotu")
-    tokens = work / f"tokens-{steps}.npz"
-    if not tokens.is_file():
-        tokenizer = AutoTokenizer.from_pretrained(model)
-
-        def packed(part: str, window: int) -> np.ndarray:
-            speeches = [json.loads(line)["text"] for line in (text / f"{part}.jsonl").open(encoding="utf-8")]
-            ids = [
-                i for speech in speeches for i in [*tokenizer(speech)["input_ids"], tokenizer.eos_token_id]
-            ]
-            return np.array(ids[: len(ids) // window * window]).reshape(-1, window)
-
-        train, test = packed("train", TRAIN_WINDOW), packed("test", TEST_WINDOW)
-        chosen = np.random.default_rng(0).permutation(len(train))[: 2 * steps]
-        spread = np.linspace(0, len(test) - 1, TEST_WINDOWS).astype(int)
-        work.mkdir(exist_ok=True)
-        np.savez(tokens, train=train[chosen].reshape(steps, 2, -1), test=test[spread])
-    return model, tokens
+def cell_name(subject: str, tool: str, format_: str, steps: int, learning_rate: float) -> str:
+    """Those of the language model came first, and do not say it."""
+    of_subject = "" if subject == "language model" else f"{subject}, "
+    return f"{of_subject}{tool} {format_}, {steps} steps, learning rate {learning_rate:g}"
 
 
-def recovered(cells: dict[str, Any], steps: int, learning_rate: float) -> list[dict[str, Any]]:
+def recovered(name: str, cells: dict[str, Any], steps: int, learning_rate: float) -> list[dict[str, Any]]:
     """One row for each format and tool; `recovered` is 1 where training leaves nothing of the loss."""
-    ending = f", {steps} steps, learning rate {learning_rate:g}"
-    control = cells[f"float float32{ending}"]
+    control = cells[cell_name(name, "float", "float32", steps, learning_rate)]
     rows: list[dict[str, Any]] = []
-    for format_ in FORMATS:
+    for format_ in SUBJECTS[name].FORMATS:
         for tool in TOOLS:
-            cell = cells.get(f"{tool} {format_}{ending}")
+            cell = cells.get(cell_name(name, tool, format_, steps, learning_rate))
             if cell is None:
                 continue
-            row = {"format": format_, "tool": tool, **cell}
-            row |= {"float": control["float"], "float trained": control["trained"]}
+            row = {"format": format_, "tool": tool, **cell, "float": control["float"]}
+            row["float trained"] = control["trained"]
+            if "float accuracy" in control:
+                row["float accuracy"] = control["float accuracy"]
+                row["float trained accuracy"] = control["trained accuracy"]
             if "trained" in cell:
                 lost = cell["round-to-nearest"] - control["float"]
                 row["recovered"] = 1 - (cell["trained"] - control["trained"]) / lost
@@ -132,35 +96,50 @@ def recovered(cells: dict[str, Any], steps: int, learning_rate: float) -> list[d
     return rows
 
 
-def as_text(rows: list[dict[str, Any]]) -> str:
+def as_text(name: str, rows: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
+    subject = SUBJECTS[name]
     lines = [
-        f"float {rows[0]['float']:.2f}, float trained in the same way {rows[0]['float trained']:.2f}",
+        f"{subject.NAME}, {subject.METRIC}: float {looked(rows[0], 'float')}, float trained in the same way "
+        f"{looked(rows[0], 'float trained')}",
         "",
-        "| format | tool | round-to-nearest | trained | recovered | training, CPU s |",
-        "|---|---|---|---|---|---|",
+        "| format | tool | round-to-nearest | calibrated | trained | recovered | training, CPU s |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        cells = [LOOKS[row["format"]], row["tool"]]
+        cells = [subject.FORMATS[row["format"]], row["tool"]]
         if "trained" in row:
-            cells += [f"{row['round-to-nearest']:,.4g}", f"{row['trained']:,.4g}"]
+            calibrated = next((looked(row, way) for way in ("gptq", "mse") if way in row), "")
+            cells += [looked(row, "round-to-nearest"), calibrated, looked(row, "trained")]
             cells += [f"{row['recovered']:.0%}", f"{row['trained cpu seconds']:.0f}"]
         else:
-            cells += [f"fails: {row['error'][:80]}", "", "", ""]
+            cells += [f"fails: {row['error'][:80]}", "", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]], file: Path, title: str) -> None:
-    """Perplexity by format, on a logarithmic axis: where each tool starts and where it ends."""
+def looked(row: dict[str, Any], name: str) -> str:
+    """The metric, and the accuracy where there is one."""
+    accuracy = row.get(f"{name} accuracy")
+    return written(row[name]) + ("" if accuracy is None else f" ({accuracy:.1%})")
+
+
+def written(value: float) -> str:
+    """Four places of a share, four digits of a perplexity."""
+    return f"{value:.4f}" if value <= 1 else f"{value:,.4g}"
+
+
+def draw(name: str, rows: list[dict[str, Any]], steps: int) -> None:
+    """The metric by format, perplexity on a logarithmic axis: where each tool starts and where it ends."""
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams["svg.fonttype"] = "none"
     import matplotlib.pyplot as plt
 
+    subject = SUBJECTS[name]
     colours = {"recoup": "#0b6e4f", "torchao": "#b5543c"}
-    formats = [format_ for format_ in FORMATS if any(row["format"] == format_ for row in rows)]
+    formats = [format_ for format_ in subject.FORMATS if any(row["format"] == format_ for row in rows)]
     figure, axes = plt.subplots(figsize=(8, 0.75 * len(formats) + 1.6), layout="constrained")
     for row in rows:
         y = formats.index(row["format"]) + (-0.16 if row["tool"] == "recoup" else 0.16)
@@ -173,23 +152,30 @@ def draw(rows: list[dict[str, Any]], file: Path, title: str) -> None:
         axes.scatter([start], [y], s=34, facecolor="white", edgecolor=colour, zorder=2)
         axes.scatter([end], [y], s=34, color=colour, zorder=2)
         axes.annotate(
-            f"{end:,.4g}  ({row['recovered']:.0%})", (end, y), (6, 6), textcoords="offset points", size=8
+            f"{written(end)}  ({row['recovered']:.0%})", (end, y), (6, 6), textcoords="offset points", size=8
         )
     axes.axvline(rows[0]["float"], color="#777", lw=1, ls=":")
     axes.axvline(rows[0]["float trained"], color="#222", lw=1)
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(formats)), [LOOKS[format_] for format_ in formats])
+    if subject.METRIC == "perplexity":
+        axes.set_xscale("log")
+    axes.set_yticks(range(len(formats)), [subject.FORMATS[format_] for format_ in formats])
     axes.set_ylim(len(formats) - 0.5, -0.5)
-    axes.set_xlabel("perplexity, lower is better; line: float trained in the same way, dotted: float")
+    axes.set_xlabel(
+        f"{subject.METRIC}, lower is better; line: float trained in the same way, dotted: float",
+        size=8,
+        loc="right",
+    )
     handles = [
         plt.Line2D([], [], color=c, marker="o", label=f"{tool}, trained") for tool, c in colours.items()
     ]
     handles.append(plt.Line2D([], [], color="#777", marker="o", mfc="white", ls="", label="round-to-nearest"))
-    axes.legend(handles=handles, fontsize=8, frameon=False, loc="lower right")
-    axes.set_title(f"SmolLM2-135M, {title}; in brackets: recovered", size=10, loc="left")
+    figure.legend(handles=handles, fontsize=8, frameon=False, loc="outside lower right", ncols=3)
+    title = f"{subject.NAME}, {steps} steps of {subject.BATCH}; in brackets: recovered"
+    figure.suptitle(title, size=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(file, metadata={"Date": None})
+    ending = "" if name == "language model" else f"_{name}"
+    figure.savefig(RESULTS / f"qat_quality{ending}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
