@@ -350,6 +350,7 @@ REFUSED: list[tuple[type[nn.Module], dict[str, Any], str]] = [
     (Classifier, {"rungs": ["gptq"], "weight_ranges": "dynamic"}, "its scales follow the weight, and gptq"),
     (Stateful, {}, r"counting\._extra_state: state of type int"),
     (Stateful, {"rungs": ["gptq"]}, r"counting\._extra_state: state of type int"),
+    (Stateful, {"rungs": ["bias"]}, r"counting\._extra_state: state of type int"),
 ]
 
 
@@ -366,10 +367,11 @@ def test_a_rung_that_cannot_be_climbed_is_refused_before_the_baseline(
     assert not any(isinstance(module, FakeQuantizer) for module in model.modules())
 
 
-def test_gptq_wants_batches_of_one_shape_at_once(model: Classifier, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rung", ["gptq", "bias"])
+def test_some_rungs_want_batches_of_one_shape_at_once(model: Classifier, rung: str, tmp_path: Path) -> None:
     data = [*batches(1), {"x": torch.randn(32, 2, 32)}]
-    with pytest.raises(ValueError, match="gptq: the calibration batches have different shapes"):
-        recover(model, recipe(rungs=["gptq"]), calibration=data, evaluate=never,
+    with pytest.raises(ValueError, match=f"{rung}: the calibration batches have different shapes"):
+        recover(model, recipe(rungs=[rung]), calibration=data, evaluate=never,
                 folder=tmp_path / "run")  # fmt: skip
 
 

@@ -232,20 +232,23 @@ def test_a_part_that_the_recipe_has_not(rungs: list[str], part: Any, message: st
 
 
 @pytest.mark.usefixtures("quick")
-def test_every_observer_is_a_rung_and_so_is_gptq(
+def test_every_observer_is_a_rung_and_so_are_gptq_and_bias(
     fitted_state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    rungs = ["rtn", "moving-average", "percentile", "kl", "mse", "gptq"]
+    rungs = ["rtn", "moving-average", "percentile", "kl", "mse", "gptq", "bias"]
     run = Again(fitted_state, tmp_path / "run", scheme="w8a8-static", rungs=rungs)
-    result = run(100, 50, 51, 52, 53, 54, 55)
+    result = run(100, 50, 51, 52, 53, 54, 55, 56)
     assert [rung.name for rung in result.record.rungs] == rungs
-    assert result.rung == "gptq"
+    assert result.rung == "bias"
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("gptq", "kept"), [(54, True), (52, False)])
-def test_a_student_of_gptq_follows_the_float_model(
-    gptq: int,
+@pytest.mark.parametrize(("found", "kept"), [(54, True), (52, False)])
+@pytest.mark.parametrize(("rung", "state"), [("gptq", "up.weight"), ("bias", "up.bias")])
+def test_a_student_of_gptq_or_bias_follows_the_float_model(
+    rung: str,
+    state: str,
+    found: int,
     kept: bool,
     fitted_state: dict[str, torch.Tensor],
     tmp_path: Path,
@@ -256,14 +259,14 @@ def test_a_student_of_gptq_follows_the_float_model(
     def train(model: torch.nn.Module, batches: Any, settings: Any, *, teacher: Any, **_: Any) -> None:
         told = teacher.state_dict()
         assert all(torch.equal(told[name], weight) for name, weight in fitted_state.items())
-        seen.append(not torch.equal(model.state_dict()["up.weight"], fitted_state["up.weight"]))
+        seen.append(not torch.equal(model.state_dict()[state], fitted_state[state]))
 
     monkeypatch.setattr("recoup.ladder.climb.train_under_quantization", train)
-    again = Again(fitted_state, tmp_path / "run", rungs=["mse", "gptq", "qat"])
+    again = Again(fitted_state, tmp_path / "run", rungs=["mse", rung, "qat"])
     with pytest.raises(KeyboardInterrupt):
-        again(evaluate=stopping(100, 53, gptq))  # the float model is to be had after an interruption too
+        again(evaluate=stopping(100, 53, found))  # the float model is to be had after an interruption too
     again(55)
-    assert seen == [kept, kept]  # a gptq that is worse than what was before it is not trained on
+    assert seen == [kept, kept]  # what is worse than before it is not trained on
 
 
 def test_a_damaged_step_costs_that_step(again: Again) -> None:

@@ -138,13 +138,13 @@ MISTAKES = {
     "rungs out of order": (
         b"scheme: w4a16\nrungs: [qat, rtn]",
         "as a whole: rungs go from cheap to dear, each once: a part of rtn, moving-average, percentile, kl, "
-        "mse, gptq, qat",
+        "mse, gptq, bias, qat",
     ),
     "rung twice": (b"scheme: w4a16\nrungs: [rtn, rtn]", "as a whole: rungs go from cheap to dear, each once"),
     "no rung": (b"scheme: w4a16\nrungs: []", "rungs: tuple should have at least 1 item"),
     "rung": (
         b"scheme: w4a16\nrungs: [rtn, qta]",
-        "rungs.1: input should be 'rtn', 'moving-average', 'percentile', 'kl', 'mse', 'gptq' or 'qat', "
+        "rungs.1: input should be 'rtn', 'moving-average', 'percentile', 'kl', 'mse', 'gptq', 'bias' or 'qat', "
         "found 'qta'",
     ),
     "loss": (

@@ -15,7 +15,7 @@ training and export go on as ever, and a training that follows still has a float
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from recoup.calibrate.as_one import as_one, check_batches
 from recoup.calibrate.observers import best_share
 from recoup.nn import (
     DEFAULT_SAMPLES,
@@ -81,7 +82,7 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     """
     taken = [without_labels(batch) for batch in take(batches, samples or DEFAULT_SAMPLES)]
     check_layers(model)
-    check_batches(taken)
+    check_batches(taken, "gptq")
     found = sum(map(size_of, taken))
     if found < (samples or 1):
         raise ValueError(f"gptq: {samples or 1} samples asked, {found} found; bring more, or ask for fewer")
@@ -113,7 +114,7 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
             evaluating(model),
             progress("rounding as GPTQ does", len(layers)) as advance,
         ):
-            call(model, moved(_as_one(taken), device_of(model)))
+            call(model, moved(as_one(taken), device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
@@ -154,21 +155,6 @@ def check_layers(model: nn.Module) -> None:
                     f"{quantizer.path}: {dtype} cannot hold what gptq decides; call model.float() before "
                     "recoup.prepare"
                 )
-
-
-def check_batches(batches: Sequence[Batch]) -> None:
-    """Can they go through a model as one batch?
-
-    Raises:
-        ValueError: there are none, or they have several shapes.
-    """
-    if not batches:
-        raise ValueError("gptq: no batches")
-    if len({_shape(without_labels(batch)) for batch in batches}) > 1:
-        raise ValueError(
-            "gptq: the calibration batches have different shapes, and go through the model as one; pack or "
-            "pad them alike"
-        )
 
 
 class _AllDone(Exception):  # noqa: N818 (not an error)
@@ -342,23 +328,3 @@ def _scale_of_rows(stored: QParams, rows: int, index: int) -> QParams:
         offset=of_rows(stored.offset),
         global_scale=stored.global_scale,
     )
-
-
-def _shape(batch: Any) -> Any:
-    """Of everything but the samples."""
-    positional = [batch] if isinstance(batch, Tensor) else batch
-    parts: Any = batch.items() if isinstance(batch, Mapping) else enumerate(positional)
-    return tuple((key, value.shape[1:] if isinstance(value, Tensor) else None) for key, value in parts)
-
-
-def _as_one(batches: Sequence[Any]) -> Batch:
-    first = batches[0]
-    if isinstance(first, Mapping):
-        return {str(name): _joined([batch[name] for batch in batches]) for name in first}
-    if isinstance(first, Tensor):
-        return _joined(batches)
-    return tuple(_joined(values) for values in zip(*batches, strict=True))
-
-
-def _joined(values: Sequence[Any]) -> Any:
-    return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recoup.calibrate import calibrate, gptq
+from recoup.calibrate import calibrate, correct_biases, gptq
 from recoup.export import target_named
 from recoup.ladder.run_folder import RunFolder
 from recoup.ladder.tries import at_rate, falls, lowest
@@ -61,8 +61,9 @@ class Climb:
         self.settle = target_named(recipe.export.target).settle
         self.error = ""  # that ended the recipe's training
         self.retunes = recipe.train.budget is not None
-        # GPTQ and training move the float weights: no student could follow what the model is after them.
-        self.teacher = float_copy(model) if self.retunes or {"gptq", "qat"} <= set(recipe.rungs) else None
+        # These move the float model: no student could follow what it is after them.
+        self.moving = {"gptq", "bias", "qat"} & set(recipe.rungs)
+        self.teacher = float_copy(model) if self.retunes or len(self.moving) > 1 else None
         if run.state:  # without calibration, which leaves the example too
             model.recoup_example = without_labels(calibration[0])  # pyright: ignore[reportArgumentType]
             self.to_the_best()
@@ -113,8 +114,7 @@ class Climb:
 
     def take(self) -> None:
         """The model as it is now becomes what the best rung made of it."""
-        moves_weights = not {"gptq", "qat"}.isdisjoint(self.recipe.rungs)
-        self.run.state = _moving_state(self.model, weights=moves_weights)
+        self.run.state = _moving_state(self.model, weights=bool(self.moving))
 
     def fit(self, settings: TrainSettings, folder: Path, curve: list[dict[str, float]], **told: Any) -> None:
         """Train the model as it is.
@@ -157,23 +157,24 @@ class Climb:
             self.model.load_state_dict(dict(state), strict=False)
 
     def _climb(self, name: str) -> None:
-        if name == "qat":
-            self._train()
-        else:
+        improves = name in ("bias", "qat")  # what the best rung so far made of the model
+        if not (improves and self.run.standing.rungs):
             self._calibrate(OBSERVERS.get(name, "mse"))
         if name == "gptq":
             gptq(self.model, self.calibration, samples=self.recipe.calibration.samples)
+        if name == "bias":
+            correct_biases(self.model, self.calibration, teacher=self.teacher)
+        if name == "qat":
+            self._train()
 
     def _calibrate(self, observer: str) -> None:
         samples = self.recipe.calibration.samples
         self.settle(calibrate(self.model, self.calibration, observer=observer, samples=samples))
 
     def _train(self) -> None:
-        if not self.run.standing.rungs:
-            self._calibrate("mse")
         standing, settings = self.run.standing, self.recipe.train
         if self.retunes:
-            self.run.untrained = _moving_state(self.model, weights="gptq" in self.recipe.rungs)
+            self.run.untrained = _moving_state(self.model, weights=self.moving > {"qat"})
         standing.curve, standing.symptoms = [], []
         try:
             self.fit(at_rate(settings, settings.learning_rate), self.run.training, standing.curve)

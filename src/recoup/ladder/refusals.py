@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from recoup.calibrate.gptq import check_batches, check_layers
+from recoup.calibrate.as_one import check_batches
+from recoup.calibrate.biases import SAMPLES, check_biases
+from recoup.calibrate.gptq import check_layers
 from recoup.nn import Batch, size_of, take
 from recoup.prepare import prepare
 from recoup.schemes import Plan, Recipe
@@ -53,7 +55,11 @@ def check_rungs(
     if "gptq" in recipe.rungs:
         check_state(model)
         check_layers(trial)
-        check_batches(list(take(calibration, recipe.calibration.samples)))
+        check_batches(list(take(calibration, recipe.calibration.samples)), "gptq")
+    if "bias" in recipe.rungs:
+        check_state(model)
+        check_biases(trial)
+        check_batches(list(take(calibration, SAMPLES)), "bias")
     if "qat" in recipe.rungs:
         check_training(model, train[0], recipe.train)
         check_progressive(trial, recipe.train.progressive)

@@ -28,7 +28,7 @@ from recoup.schemes.presets import KV_PRESETS, kv_preset, preset
 from recoup.schemes.scheme import Scheme
 from recoup.schemes.training import TrainSettings
 
-Rung = Literal["rtn", "moving-average", "percentile", "kl", "mse", "gptq", "qat"]  # in order of cost
+Rung = Literal["rtn", "moving-average", "percentile", "kl", "mse", "gptq", "bias", "qat"]  # in order of cost
 
 
 def _scheme(value: Any) -> Any:
