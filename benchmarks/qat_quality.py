@@ -109,7 +109,7 @@ def as_text(name: str, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [subject.FORMATS[row["format"]], row["tool"]]
         if "trained" in row:
-            calibrated = next((looked(row, way) for way in ("gptq", "mse") if way in row), "")
+            calibrated = next((looked(row, way) for way in ("gptq", "bias") if way in row), "")
             cells += [looked(row, "round-to-nearest"), calibrated, looked(row, "trained")]
             cells += [f"{row['recovered']:.0%}", f"{row['trained cpu seconds']:.0f}"]
         else:

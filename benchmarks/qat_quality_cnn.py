@@ -21,7 +21,8 @@ STEPS, LEARNING_RATE = 60, 1e-4
 FORMATS = {
     "int4": "int4 weights per channel, uint8 static inputs",
 }
-# What was chosen for the language model, but that GPTQ moves no convolution; and norms are kept in training.
+# What was chosen for the language model; but GPTQ moves no convolution, so biases are corrected, on top of
+# ranges by min and max; and norms are kept in training.
 RECOUP: dict[str, Any] = {
     "recipe": qat_quality_language_model.RECOUP["recipe"],
     "settings": qat_quality_language_model.RECOUP["settings"] | {"batch_norm": {}},

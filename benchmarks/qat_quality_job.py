@@ -84,7 +84,7 @@ def in_float(model: nn.Module, batches: Batches, job: Job) -> tuple[nn.Module, S
 
 def with_recoup(model: nn.Module, batches: Batches, job: Job) -> tuple[nn.Module, Steps]:
     import recoup
-    from recoup.calibrate import gptq
+    from recoup.calibrate import correct_biases, gptq
     from recoup.transforms import fuse, smooth
 
     recipe = recoup.Recipe(scheme=SUBJECTS[job["subject"]].scheme(job["format"]), **job["recipe"])
@@ -100,19 +100,16 @@ def with_recoup(model: nn.Module, batches: Batches, job: Job) -> tuple[nn.Module
     plan = recoup.resolve(fuse(model, batches[0]), recipe)
     recoup.prepare(model, plan)
 
-    def by_error() -> None:
-        recoup.calibrate(model, batches, observer="mse")
-
     def by_gptq() -> None:
         if job["smooth"]:  # as `smooth: true` in a recipe does before `prepare`
             balanced = smooth(copy.deepcopy(teacher), plan, batches)
             model.load_state_dict(balanced.state_dict(), strict=False)
-        by_error()
+        recoup.calibrate(model, batches, observer="mse")
         gptq(model, batches, samples=job["gptq samples"])
 
     return model, {
         "round-to-nearest": lambda: recoup.calibrate(model, batches),
-        **({"gptq": by_gptq} if job["gptq samples"] else {"mse": by_error}),
+        **({"gptq": by_gptq} if job["gptq samples"] else {"bias": lambda: correct_biases(model, batches)}),
         "trained": lambda: recoup.train(model, batches, settings, teacher=teacher),
     }
 

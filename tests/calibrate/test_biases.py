@@ -48,7 +48,7 @@ def test_every_layer_with_a_bias_has_the_mean_that_it_has_in_float(row: Row, sch
     if row.name == "shared":
         layers.remove("first")  # which a pass runs twice
     if not layers:
-        with pytest.raises(ValueError, match="bias: .*; leave it out"):
+        with pytest.raises(ValueError, match=r"bias: no linear layer .* of its own; leave it out"):
             correct_biases(prepared, [batch])
         return
     state = copy.deepcopy(prepared.state_dict())
@@ -122,9 +122,8 @@ def test_what_cannot_be_corrected_is_one_line(model: nn.Module, batches: Any, me
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         correct_biases(model, batches)
-    assert all(
-        torch.equal(value, state[name]) or value.isnan().any() for name, value in model.state_dict().items()
-    )
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, state[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_fewer_samples_than_asked_are_an_error() -> None:
@@ -139,5 +138,5 @@ def test_a_norm_inside_of_the_quantizer_is_named() -> None:
     fused = recoup.transforms.fuse(model, x)
     calibrate(recoup.prepare(fused, recoup.resolve(fused, "w8a8-ort-static")), [x])
     add_batch_norm(fused)
-    with pytest.raises(ValueError, match="0: a norm stands between it and its bias; call recoup.merge_batch"):
+    with pytest.raises(ValueError, match=r"0: a norm stands between it and its bias; call recoup\.merge_b"):
         correct_biases(fused, [x])

@@ -144,8 +144,8 @@ MISTAKES = {
     "no rung": (b"scheme: w4a16\nrungs: []", "rungs: tuple should have at least 1 item"),
     "rung": (
         b"scheme: w4a16\nrungs: [rtn, qta]",
-        "rungs.1: input should be 'rtn', 'moving-average', 'percentile', 'kl', 'mse', 'gptq', 'bias' or 'qat', "
-        "found 'qta'",
+        "rungs.1: input should be 'rtn', 'moving-average', 'percentile', 'kl', 'mse', 'gptq', 'bias' or "
+        "'qat', found 'qta'",
     ),
     "loss": (
         b"scheme: w4a16\ntrain: {loss: distil}",
