@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from recoup.nn import Batch, without_labels
+from recoup.nn import Batch, FakeQuantizer, size_of, without_labels
 
 
 def check_batches(batches: Sequence[Batch], asked: str) -> None:
@@ -26,6 +26,24 @@ def check_batches(batches: Sequence[Batch], asked: str) -> None:
             f"{asked}: the calibration batches have different shapes, and go through the model as one; pack "
             "or pad them alike"
         )
+
+
+def check_ready(model: nn.Module, taken: Sequence[Batch], samples: int | None, asked: str, call: str) -> None:
+    """Are there as many samples as asked, and is every range known?
+
+    Raises:
+        ValueError: one of both is not so.
+    """
+    if (found := sum(map(size_of, taken))) < (samples or 1):
+        raise ValueError(
+            f"{asked}: {samples or 1} samples asked, {found} found; bring more, or ask for fewer"
+        )
+    for quantizer in (module for module in model.modules() if isinstance(module, FakeQuantizer)):
+        if not quantizer.calibrated:
+            raise ValueError(
+                f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) before "
+                f"{call}"
+            )
 
 
 def as_one(batches: Sequence[Any]) -> Batch:

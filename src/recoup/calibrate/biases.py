@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recoup.calibrate.as_one import as_one, check_batches
+from recoup.calibrate.as_one import as_one, check_batches, check_ready
 from recoup.nn import (
     Batch,
     FakeQuantizer,
@@ -31,7 +31,6 @@ from recoup.nn import (
     norm_of,
     quantization_off,
     quantizers_of,
-    size_of,
     take,
     without_labels,
 )
@@ -77,14 +76,7 @@ def correct_biases(
     check_biases(model)
     taken = [without_labels(batch) for batch in take(batches, samples or SAMPLES)]
     check_batches(taken, "bias")
-    if (found := sum(map(size_of, taken))) < (samples or 1):
-        raise ValueError(f"bias: {samples or 1} samples asked, {found} found; bring more, or ask for fewer")
-    for quantizer in (module for module in model.modules() if isinstance(module, FakeQuantizer)):
-        if not quantizer.calibrated:
-            raise ValueError(
-                f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) before "
-                "correct_biases"
-            )
+    check_ready(model, taken, samples, "bias", "correct_biases")
     batch = moved(as_one(taken), device_of(model))
     layers, unrounded = _layers(model), model if teacher is None else teacher
     means: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers.values()}

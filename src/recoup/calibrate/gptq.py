@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recoup.calibrate.as_one import as_one, check_batches
+from recoup.calibrate.as_one import as_one, check_batches, check_ready
 from recoup.calibrate.observers import best_share
 from recoup.nn import (
     DEFAULT_SAMPLES,
@@ -40,7 +40,6 @@ from recoup.nn import (
     moved,
     norm_of,
     quantizers_of,
-    size_of,
     take,
     without_labels,
 )
@@ -83,14 +82,7 @@ def gptq(model: nn.Module, batches: Iterable[Batch], *, samples: int | None = No
     taken = [without_labels(batch) for batch in take(batches, samples or DEFAULT_SAMPLES)]
     check_layers(model)
     check_batches(taken, "gptq")
-    found = sum(map(size_of, taken))
-    if found < (samples or 1):
-        raise ValueError(f"gptq: {samples or 1} samples asked, {found} found; bring more, or ask for fewer")
-    for quantizer in (module for module in model.modules() if isinstance(module, FakeQuantizer)):
-        if not quantizer.calibrated:
-            raise ValueError(
-                f"{quantizer.path}: its range is not known; run recoup.calibrate(model, batches) before gptq"
-            )
+    check_ready(model, taken, samples, "gptq", "gptq")
     layers = _run_once(model, _layers(model), taken[0])
     left, losses = dict(layers), _Losses()
 
